@@ -1,0 +1,98 @@
+"""The error tree: every error knows its exit code, its cause and the next step.
+
+    LivegraftError            1  failed          target untouched or rolled back
+    ├── BadInput              2  bad-input       no such file, process or patch; wrong usage
+    ├── NothingToPatch        3  nothing-to-patch
+    ├── Refused               4  refused         not safe, or not this build
+    ├── Busy                  5  busy            a patched function stayed live
+    ├── NotPermitted          6  not-permitted
+    ├── TargetDamaged         7  target-damaged
+    └── Partial               8  partial         some processes done, others not
+
+The tree lives here because ``patcher`` imports ``elfdiff`` and never the other way round; the command
+line is the only place that prints an error and the only one that turns it into an exit status.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+EXIT_NAMES: dict[int, str] = {
+    0: "ok",
+    1: "failed",
+    2: "bad-input",
+    3: "nothing-to-patch",
+    4: "refused",
+    5: "busy",
+    6: "not-permitted",
+    7: "target-damaged",
+    8: "partial",
+}
+"""Exit status -> its stable name, as ``--json`` prints it."""
+
+
+class LivegraftError(Exception):
+    """Something failed; the target is untouched or was rolled back.
+
+    ``what`` says in one sentence what went wrong and where, ``why`` the cause with the values seen,
+    ``next_step`` what to type or change. Each is plain text without a final newline; ``details`` are
+    further lines (a stack, a list of functions).
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(
+        self, what: str, *, why: str = "", next_step: str = "", details: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__(what)
+        self.what = what
+        self.why = why
+        self.next_step = next_step
+        self.details = details
+
+    @property
+    def code(self) -> str:
+        """The stable name of the exit status."""
+        return EXIT_NAMES[self.exit_code]
+
+
+class BadInput(LivegraftError):
+    """The command was given something that it cannot work with."""
+
+    exit_code = 2
+
+
+class NothingToPatch(LivegraftError):
+    """The two builds do not differ in anything that matters."""
+
+    exit_code = 3
+
+
+class Refused(LivegraftError):
+    """Not safe, or not the build that the patch is for. Nothing was written."""
+
+    exit_code = 4
+
+
+class Busy(LivegraftError):
+    """A patched function stayed live until the timeout. Nothing was written."""
+
+    exit_code = 5
+
+
+class NotPermitted(LivegraftError):
+    """The kernel does not let this user trace that process."""
+
+    exit_code = 6
+
+
+class TargetDamaged(LivegraftError):
+    """The target may be damaged: a write could be neither finished nor undone."""
+
+    exit_code = 7
+
+
+class Partial(LivegraftError):
+    """Some processes were done, others not."""
+
+    exit_code = 8
