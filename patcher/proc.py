@@ -1,0 +1,206 @@
+"""What ``/proc/PID`` says about a process: mappings, threads, state, tracer.
+
+Formats are those of proc(5). Everything here is a snapshot; nothing here needs the process to be stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+from elfdiff.errors import BadInput, LivegraftError, NotPermitted
+
+_PF_KTHREAD = 0x00200000  # include/linux/sched.h; field 9 of /proc/PID/stat
+_STAT_FLAGS = 9
+_STAT_START_TIME = 22
+_STAT_START_BRK = 47
+
+_MAPS_LINE = re.compile(
+    r"([0-9a-f]+)-([0-9a-f]+) ([-rwxsp]{4}) ([0-9a-f]+) ([0-9a-f]+:[0-9a-f]+) (\d+) *(.*)"
+)
+_OCTAL_ESCAPE = re.compile(r"\\([0-7]{3})")
+_DELETED = " (deleted)"
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """One line of ``/proc/PID/maps``; addresses and offset in bytes, ``end`` is exclusive.
+
+    ``path`` is empty for anonymous memory, ``[name]`` for the kernel's own, and has lost its ``(deleted)``
+    suffix, which ``deleted`` tells instead.
+    """
+
+    start: int
+    end: int
+    perms: str
+    offset: int
+    device: str
+    inode: int
+    path: str
+    deleted: bool = False
+
+    @property
+    def size(self) -> int:
+        """Length in bytes."""
+        return self.end - self.start
+
+    @property
+    def executable(self) -> bool:
+        """Whether instructions may be fetched from it."""
+        return self.perms[2] == "x"
+
+    @property
+    def readable(self) -> bool:
+        """Whether the process itself may read it."""
+        return self.perms[0] == "r"
+
+    @property
+    def writable(self) -> bool:
+        """Whether the process itself may write it."""
+        return self.perms[1] == "w"
+
+    @property
+    def private(self) -> bool:
+        """Whether a write stays in this process (copy on write)."""
+        return self.perms[3] == "p"
+
+    def __contains__(self, address: object) -> bool:
+        """Whether ``address`` lies inside."""
+        return isinstance(address, int) and self.start <= address < self.end
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessStatus:
+    """The part of ``/proc/PID/status`` and ``/proc/PID/stat`` that decides whether a process can be patched.
+
+    ``state`` is the letter (R, S, D, T, t, Z, X, I); ``uid`` is the effective one; ``seccomp`` is 0 (off), 1
+    (strict) or 2 (filter); ``tracer_pid`` is 0 where nobody traces; ``ns_pid`` is the pid in every nested pid
+    namespace, outermost first; ``start_time`` is in clock ticks since boot and, with ``pid``, names the
+    process for ever.
+    """
+
+    pid: int
+    name: str
+    state: str
+    tgid: int
+    tracer_pid: int
+    uid: int
+    kernel_thread: bool
+    seccomp: int
+    no_new_privs: bool
+    ns_pid: tuple[int, ...]
+    start_time: int
+
+    @property
+    def zombie(self) -> bool:
+        """Whether it has exited and only waits to be reaped."""
+        return self.state in "ZX"
+
+
+def read_proc_file(pid: int, name: str) -> str:
+    """Return the text of ``/proc/PID/NAME``.
+
+    Raises BadInput where there is no such process, NotPermitted where the kernel hides the file.
+    """
+    try:
+        with open(f"/proc/{pid}/{name}", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+            return file.read()
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise no_such_process(pid) from error
+    except PermissionError as error:
+        raise NotPermitted(
+            f"/proc/{pid}/{name} may not be read",
+            why=f"the kernel answered {error.strerror}; this is user {os.geteuid()}",
+            next_step="run as the owner of the process with ptrace rights, or as root",
+        ) from error
+    except OSError as error:
+        raise LivegraftError(f"/proc/{pid}/{name} could not be read", why=str(error)) from error
+
+
+def no_such_process(pid: int) -> BadInput:
+    """Return the error that says that ``pid`` does not exist (any more)."""
+    return BadInput(
+        f"there is no process {pid}",
+        why=f"/proc/{pid} does not exist, or the process exited while it was looked at",
+        next_step="give the pid of a running process; ps -e lists them",
+    )
+
+
+def parse_mapping(line: str) -> Mapping:
+    """Return the mapping that one line of ``/proc/PID/maps`` describes (proc(5), without its newline).
+
+    Raises LivegraftError on a line of any other form.
+    """
+    match = _MAPS_LINE.fullmatch(line)
+    if match is None:
+        raise LivegraftError("a line of /proc/PID/maps is not understood", why=repr(line))
+    start, end, perms, offset, device, inode, path = match.groups()
+    deleted = path.endswith(_DELETED)
+    path = path.removesuffix(_DELETED) if deleted else path
+    path = _OCTAL_ESCAPE.sub(lambda escape: chr(int(escape[1], 8)), path)
+    return Mapping(
+        int(start, 16), int(end, 16), perms, int(offset, 16), device, int(inode), path, deleted
+    )
+
+
+def mappings(pid: int) -> tuple[Mapping, ...]:
+    """Return the memory mappings of a process, by rising address.
+
+    Raises BadInput (no such process), NotPermitted.
+    """
+    return tuple(parse_mapping(line) for line in read_proc_file(pid, "maps").split("\n") if line)
+
+
+def thread_ids(pid: int) -> tuple[int, ...]:
+    """Return the ids of all threads of a process, ascending; a zombie leader is among them.
+
+    Raises BadInput (no such process).
+    """
+    try:
+        return tuple(sorted(int(name) for name in os.listdir(f"/proc/{pid}/task")))  # noqa: PTH208
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise no_such_process(pid) from error
+
+
+def _stat_field(text: str, number: int) -> int:
+    # The name of the program stands in parentheses and may hold anything, parentheses and blanks included.
+    return int(text.rpartition(")")[2].split()[number - 3])
+
+
+def status(pid: int) -> ProcessStatus:
+    """Return what the kernel says about a process or thread.
+
+    Raises BadInput (no such process).
+    """
+    lines = read_proc_file(pid, "status").split("\n")
+    fields = {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    stat = read_proc_file(pid, "stat")
+    return ProcessStatus(
+        pid=pid,
+        name=fields["Name"],
+        state=fields["State"][0],
+        tgid=int(fields["Tgid"]),
+        tracer_pid=int(fields["TracerPid"]),
+        uid=int(fields["Uid"].split()[1]),
+        kernel_thread=bool(_stat_field(stat, _STAT_FLAGS) & _PF_KTHREAD),
+        # Both lines are missing on kernels built without seccomp.
+        seccomp=int(fields.get("Seccomp", "0")),
+        no_new_privs=fields.get("NoNewPrivs", "0") == "1",
+        ns_pid=tuple(int(word) for word in fields.get("NSpid", str(pid)).split()),
+        start_time=_stat_field(stat, _STAT_START_TIME),
+    )
+
+
+def start_brk(pid: int) -> int:
+    """Return the address above which the heap grows by brk(2), or 0 where the kernel hides it.
+
+    Raises BadInput (no such process).
+    """
+    return _stat_field(read_proc_file(pid, "stat"), _STAT_START_BRK)
+
+
+def mmap_min_addr() -> int:
+    """Return the lowest address that a process may map, in bytes (``/proc/sys/vm/mmap_min_addr``)."""
+    with open("/proc/sys/vm/mmap_min_addr", encoding="ascii") as file:
+        return int(file.read())
