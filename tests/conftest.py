@@ -1,0 +1,98 @@
+"""What all tests share: the cache of built and fetched programs, running servers, the command line.
+
+Nothing here makes a test pass silently: what is missing on the machine is a skip with its reason.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fixtures.build import DEFAULT, Variant, build_kv
+
+ROOT = Path(__file__).parent.parent
+COMMAND_SECONDS = 300
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what needs root where we are not root, and says so."""
+    if os.geteuid() == 0:
+        return
+    skip = pytest.mark.skip(reason="needs root (or CAP_SYS_PTRACE)")
+    for item in items:
+        if item.get_closest_marker("root"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def cache_folder() -> Path:
+    """Where built and fetched programs are kept between runs; named by content, so never stale."""
+    folder = Path(os.environ.get("LIVEGRAFT_TEST_CACHE", ROOT / ".cache"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def kv(cache_folder: Path) -> Callable[..., Path]:
+    """``kv(version, variant=DEFAULT)``: the executable; skips where its compiler is not installed."""
+
+    def executable(version: int, variant: Variant = DEFAULT) -> Path:
+        if shutil.which(variant.compiler) is None:
+            pytest.skip(f"{variant.compiler} is not installed")
+        return build_kv(version, variant, cache_folder / "build")
+
+    return executable
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run of the command line gave. ``text`` is both streams, for the message of a failed assert."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The one object on standard output."""
+        value = json.loads(self.stdout)
+        assert isinstance(value, dict)
+        return value
+
+    @property
+    def text(self) -> str:
+        """Both streams."""
+        return self.stdout + self.stderr
+
+
+Livegraft = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="session")
+def livegraft() -> Livegraft:
+    """``livegraft("apply", patch, "--pid", pid, status=0)``: runs the command and asserts its exit status.
+
+    ``status=None`` asserts nothing. The command is a process of its own, as for a user.
+    """
+
+    def run(*arguments: object, status: int | None = 0) -> Outcome:
+        command = [sys.executable, "-c", "import sys; from patcher.cli import main; sys.exit(main())"]
+        done = subprocess.run(
+            [*command, *map(str, arguments)],
+            capture_output=True, text=True, check=False, timeout=COMMAND_SECONDS, cwd=ROOT,
+        )  # fmt: skip
+        outcome = Outcome(done.returncode, done.stdout, done.stderr)
+        if status is not None:
+            assert outcome.status == status, f"livegraft {' '.join(map(str, arguments))}\n{outcome.text}"
+        return outcome
+
+    return run
