@@ -1,0 +1,38 @@
+# The verbs of this repository; `make` alone lists them. Needs make and python3 (3.11 or newer), nothing else:
+# what is missing is installed with apt where we are root, and named where we are not.
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: help demo test lint clean
+.DEFAULT_GOAL := help
+
+help: ## list what make can do
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.runtime ## patch a running server under load, and take the patch back
+	@bash .ci/tools compiler
+	@$(RUN) -m fixtures.demo
+
+test: $(VENV)/.development ## run all tests (ARGS='tests/unit -k name' for some)
+	@bash .ci/tools all
+	@$(RUN) -m pytest $(ARGS)
+
+lint: $(VENV)/.development ## check style and types
+	@$(RUN) -m ruff check .
+	@$(RUN) -m mypy
+	@$(RUN) -m mypy -p fixtures
+
+clean: ## remove what was set up, built and fetched
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+
+$(VENV)/.runtime: pyproject.toml .ci/venv
+	@PYTHON='$(PYTHON)' bash .ci/venv $(VENV) .
+	@touch $@
+
+$(VENV)/.development: pyproject.toml .ci/venv
+	@PYTHON='$(PYTHON)' bash .ci/venv $(VENV) '.[dev]'
+	@touch $(VENV)/.runtime $@
