@@ -1,0 +1,296 @@
+"""Stop all threads of a process, look at them, and let them go as if nothing had happened.
+
+    with seize(pid) as process:       # stops nobody
+        process.stop()                # the pause begins
+        ... process.threads ...
+        process.resume_and_detach()   # the pause ends; leaving the context does it, too
+
+All threads are interrupted before any is waited for, so the pause does not grow by one round trip a thread.
+A thread that appears meanwhile is found by reading ``/proc/PID/task`` again until nothing is new: when every
+known thread is stopped and no unknown one exists, nobody is left to create one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from elfdiff.errors import BadInput, Busy, LivegraftError
+
+from . import ptrace, tracees
+from .proc import status, thread_ids
+from .quiet import Undisturbed
+from .registers_x86_64 import Registers, without_spurious_eintr
+from .tracees import GONE, Stop, StopKind
+
+DEFAULT_TIMEOUT = 1.0
+"""Seconds that a stop may take before it is given up. A loaded machine needs tens of milliseconds."""
+
+_RELEASE_TIMEOUT = 1.0
+_REGISTERS_SIZE = ctypes.sizeof(Registers)
+
+# An execve would replace everything that was computed about the process, so it has to be noticed.
+_OPTIONS = ptrace.Option.TRACEEXEC
+# Only for threads found while stopping: their own new threads are then born stopped, so that not even a chain
+# of threads that each start the next one can run away. Not for the others: between seizing and stopping a new
+# thread would stand still, and nobody would look.
+_LATE_OPTIONS = _OPTIONS | ptrace.Option.TRACECLONE
+
+
+@dataclass(frozen=True, slots=True)
+class StoppedThread:
+    """One stopped thread. ``registers`` are valid until the process is resumed.
+
+    ``signal`` is the signal that it was about to receive, delivered on detach, or 0. A thread
+    ``in_group_stop`` was stopped by SIGSTOP or its like and stays stopped afterwards.
+    """
+
+    tid: int
+    registers: Registers
+    signal: int
+    in_group_stop: bool
+
+
+def seize(pid: int) -> SeizedProcess:
+    """Become the tracer of every thread of a process, without stopping any.
+
+    Meant for immediate use: a signal that reaches a seized thread holds it until ``stop`` looks.
+    Raises BadInput (no such process, a kernel thread, a zombie, ourselves), NotPermitted (traced already,
+    no rights).
+    """
+    tracees.release_abandoned()
+    tracees.require_traceable(pid)
+    process = SeizedProcess(pid)
+    try:
+        process._seize_new(_OPTIONS)
+    except BaseException:
+        process.resume_and_detach()
+        raise
+    return process
+
+
+class SeizedProcess:
+    """A process under this tracer; a context manager that lets go of it on every way out.
+
+    ``realtime`` says whether the last pause ran under SCHED_FIFO, ``pause_ns`` how long it took from before
+    the first PTRACE_INTERRUPT to after the last PTRACE_DETACH, in ns of CLOCK_MONOTONIC (0: none yet).
+    """
+
+    def __init__(self, pid: int) -> None:
+        """Use ``seize`` instead."""
+        self.pid = pid
+        self.pause_ns = 0
+        self.realtime = False
+        self._running: set[int] = set()  # seized, not known to have stopped
+        self._stops: dict[int, Stop] = {}
+        self._dead: set[int] = set()
+        self._threads: tuple[StoppedThread, ...] = ()
+        self._began = 0
+        self._quiet: Undisturbed | None = None
+
+    def __enter__(self) -> SeizedProcess:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Resume and detach."""
+        self.resume_and_detach()
+
+    @property
+    def tids(self) -> tuple[int, ...]:
+        """The seized threads that have not exited, ascending."""
+        return tuple(sorted(self._running | self._stops.keys()))
+
+    @property
+    def threads(self) -> tuple[StoppedThread, ...]:
+        """The stopped threads, by rising id; empty unless stopped."""
+        return self._threads
+
+    def stop(self, timeout: float = DEFAULT_TIMEOUT) -> None:
+        """Stop every thread. On any error all of them are let go again before it is raised.
+
+        Raises Busy (a thread did not stop within ``timeout`` seconds), LivegraftError (the process
+        executed another program), BadInput (it exited).
+        """
+        if self._quiet is not None:
+            raise AssertionError("stop() in a pause")
+        buffer = (Registers * (2 * len(self._running) + 8))()
+        self._quiet = Undisturbed()
+        self._quiet.__enter__()
+        try:
+            self.realtime = self._quiet.realtime
+            self._began = time.monotonic_ns()
+            self._stop_all(time.monotonic() + timeout, timeout)
+            self._threads = self._read_threads(buffer)
+        except BaseException:
+            self.resume_and_detach()
+            raise
+
+    def _stop_all(self, deadline: float, timeout: float) -> None:
+        _interrupt(self._running)
+        while True:
+            self._collect(tracees.wait_for(self._running, deadline))
+            if self._running:
+                raise self._did_not_stop(timeout)
+            self._require_same_program()
+            self._seize_new(_LATE_OPTIONS)
+            if not self._running:
+                break
+            _interrupt(self._running)
+        if not self._stops:
+            raise BadInput(
+                f"process {self.pid} cannot be patched",
+                why="it exited while it was being stopped",
+                next_step="give the pid of a running process",
+            )
+
+    def _collect(self, stops: dict[int, Stop]) -> None:
+        for tid, stop in stops.items():
+            self._running.discard(tid)
+            if stop.kind is StopKind.GONE:
+                self._dead.add(tid)
+                continue
+            self._stops[tid] = stop
+            if stop.event == tracees.EVENT_CLONE:
+                self._release_foreign(ptrace.event_message(tid))
+
+    def _release_foreign(self, tid: int) -> None:
+        # clone(2) with a signal other than SIGCHLD makes a process, not a thread, and PTRACE_O_TRACECLONE
+        # attaches it nevertheless. It is not ours to stop.
+        if tid in thread_ids(self.pid):
+            return
+        stops = tracees.wait_for([tid], time.monotonic() + _RELEASE_TIMEOUT)
+        if tid not in stops:
+            tracees.abandon(tid)
+        elif stops[tid] is not GONE:
+            tracees.detach(tid, stops[tid])
+
+    def _require_same_program(self) -> None:
+        if any(stop.event == tracees.EVENT_EXEC for stop in self._stops.values()):
+            raise LivegraftError(
+                f"process {self.pid} has executed another program",
+                why="an execve(2) came between looking at it and stopping it",
+                next_step="look at the process again; the patch is for the program that it was",
+            )
+
+    def _did_not_stop(self, timeout: float) -> Busy:
+        details = tuple(_where(self.pid, tid) for tid in sorted(self._running))
+        return Busy(
+            f"{len(self._running)} of the threads of process {self.pid} did not stop within {timeout:g} s",
+            why="a thread that waits uninterruptibly (disk, NFS, vfork) or gets no CPU cannot be stopped",
+            next_step="try again, or see what the thread waits for",
+            details=details,
+        )
+
+    def _seize_new(self, options: ptrace.Option) -> None:
+        """Seize the threads that appeared; repeat until a look at the task list shows nothing new."""
+        new = True
+        while new:
+            new = False
+            for tid in thread_ids(self.pid):
+                if tid in self._running or tid in self._stops or tid in self._dead:
+                    continue
+                new = True
+                alive = tracees.try_seize(self.pid, tid, options)
+                (self._running if alive else self._dead).add(tid)
+
+    def _read_threads(self, buffer: ctypes.Array[Registers]) -> tuple[StoppedThread, ...]:
+        tids = sorted(self._stops)
+        if len(tids) > len(buffer):
+            buffer = (Registers * len(tids))()
+        threads = []
+        for tid, registers in zip(tids, buffer, strict=False):
+            stop = self._stops[tid]
+            try:
+                ptrace.read_registers_into(tid, registers)
+                _repair(tid, registers, stop)
+            except ptrace.PtraceFailed as error:
+                if not error.gone:
+                    raise
+                continue  # killed in its stop; detaching it notices that, too
+            signal = stop.signal if stop.kind is StopKind.SIGNAL else 0
+            threads.append(StoppedThread(tid, registers, signal, stop.kind is StopKind.GROUP))
+        return tuple(threads)
+
+    def resume_and_detach(self) -> None:
+        """Let every thread go with its signals, and stop tracing. Does nothing the second time.
+
+        Raises LivegraftError for an unexpected answer of the kernel, after all threads have been tried.
+        """
+        self._threads = ()
+        failures: list[LivegraftError] = []
+        try:
+            # Those that are stopped do not wait for the ones that still run.
+            self._detach_stopped(failures)
+            if self._running:
+                self._stop_running(failures)
+                self._detach_stopped(failures)
+            if self._began:
+                self.pause_ns = time.monotonic_ns() - self._began
+        finally:
+            self._began = 0
+            quiet, self._quiet = self._quiet, None
+            if quiet is not None:
+                quiet.__exit__(None, None, None)
+        if failures:
+            raise failures[0]
+
+    def _detach_stopped(self, failures: list[LivegraftError]) -> None:
+        for tid, stop in self._stops.items():
+            try:
+                tracees.detach(tid, stop)
+            except LivegraftError as error:
+                failures.append(error)
+        self._stops.clear()
+
+    def _stop_running(self, failures: list[LivegraftError]) -> None:
+        # Only a stopped thread can be detached.
+        try:
+            _interrupt(self._running)
+        except ptrace.PtraceFailed as error:
+            failures.append(error)
+        stops = tracees.wait_for(self._running, time.monotonic() + _RELEASE_TIMEOUT)
+        for tid in self._running:
+            if tid not in stops:
+                tracees.abandon(tid)
+            elif stops[tid].kind is not StopKind.GONE:
+                self._stops[tid] = stops[tid]
+        self._running.clear()
+        try:
+            self._read_threads((Registers * len(self._stops))())  # for its repair of EINTR
+        except ptrace.PtraceFailed as error:
+            failures.append(error)
+
+
+def _interrupt(tids: Iterable[int]) -> None:
+    for tid in tids:
+        try:
+            ptrace.interrupt(tid)
+        except ptrace.PtraceFailed as error:
+            if not error.gone:
+                raise  # a thread that is gone is reported by waitpid
+
+
+def _repair(tid: int, registers: Registers, stop: Stop) -> None:
+    if stop.kind not in (StopKind.INTERRUPTED, StopKind.SIGNAL):
+        return
+    fixed = without_spurious_eintr(registers)
+    if fixed is not None:
+        # At once and not on detach: if this process is killed from here on, the program sees no EINTR.
+        ptrace.write_registers(tid, fixed)
+        registers.rax = fixed.rax
+
+
+def _where(pid: int, tid: int) -> str:
+    try:
+        state = status(tid).state
+        channel = Path(f"/proc/{pid}/task/{tid}/wchan").read_text(encoding="ascii") or "0"
+    except (BadInput, OSError) as error:
+        return f"thread {tid}: {error}"
+    return f"thread {tid}: state {state}, waits in {channel}"

@@ -1,0 +1,258 @@
+"""Single threads under this tracer: seizing one, waiting for several, letting go of what did not stop.
+
+A seized thread that is running cannot be detached; it has to stop first (ptrace(2)). A thread that does not
+stop in time, because it sleeps uninterruptibly, is therefore handed to ``abandon``, and the kernel lets go
+of it at the latest when this tracer exits.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+from elfdiff.errors import BadInput, LivegraftError, NotPermitted
+
+from . import ptrace
+from .proc import ProcessStatus, status
+
+_WALL = 0x40000000  # __WALL, wait(2): also children that are threads
+_EVENT_STOP = 128  # PTRACE_EVENT_STOP, include/uapi/linux/ptrace.h
+EVENT_CLONE = 3
+EVENT_EXEC = 4
+_SIGTRAP = 5
+_SYSCALL_STOP = _SIGTRAP | 0x80  # with PTRACE_O_TRACESYSGOOD
+
+_FIRST_NAP = 20e-6
+_LONGEST_NAP = 1e-3
+_YAMA = "/proc/sys/kernel/yama/ptrace_scope"
+
+
+class StopKind(Enum):
+    """Why a tracee stopped, in the terms of ptrace(2)."""
+
+    INTERRUPTED = "interrupted"  # PTRACE_EVENT_STOP: because we asked, or because it is new
+    GROUP = "group-stop"  # SIGSTOP and its like stopped the whole process
+    SIGNAL = "signal-delivery-stop"  # it is about to receive a signal
+    SYSCALL = "syscall-stop"  # it enters or leaves a system call
+    EVENT = "event"  # another PTRACE_EVENT
+    GONE = "gone"  # it has exited
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """What a wait status says. ``signal`` is the one to deliver (SIGNAL) or that stopped it (GROUP)."""
+
+    kind: StopKind
+    signal: int = 0
+    event: int = 0
+
+
+GONE = Stop(StopKind.GONE)
+
+
+def decode(wait_status: int) -> Stop:
+    """Return what a status of waitpid(2) says about a seized thread (ptrace(2), "Stopped states")."""
+    if not os.WIFSTOPPED(wait_status):
+        return GONE
+    signal = os.WSTOPSIG(wait_status)
+    event = wait_status >> 16
+    if event == _EVENT_STOP:
+        return Stop(StopKind.INTERRUPTED) if signal == _SIGTRAP else Stop(StopKind.GROUP, signal)
+    if event:
+        return Stop(StopKind.EVENT, event=event)
+    if signal == _SYSCALL_STOP:
+        return Stop(StopKind.SYSCALL)
+    return Stop(StopKind.SIGNAL, signal)
+
+
+def poll(tid: int) -> Stop | None:
+    """Return the stop of a tracee, or None while it runs. Never blocks."""
+    try:
+        found, wait_status = os.waitpid(tid, os.WNOHANG | _WALL)
+    except ChildProcessError:
+        # Not ours any more: an execve of another thread took it away, or somebody reaped it.
+        return GONE
+    return decode(wait_status) if found else None
+
+
+def wait_for(tids: Iterable[int], deadline: float) -> dict[int, Stop]:
+    """Wait until every one of ``tids`` has stopped or is gone; ``deadline`` is a time.monotonic() value.
+
+    Returns what was reported, without the threads that had not stopped by the deadline. It polls, because
+    waitpid(2) knows no timeout, and naps in between, so that tracees on this CPU get to run even under
+    a real-time tracer.
+    """
+    stops: dict[int, Stop] = {}
+    pending = list(tids)
+    nap = _FIRST_NAP
+    while True:
+        still = []
+        for tid in pending:
+            stop = poll(tid)
+            if stop is None:
+                still.append(tid)
+            else:
+                stops[tid] = stop
+        if not still or time.monotonic() >= deadline:
+            return stops
+        if nap >= _LONGEST_NAP:
+            # Slow path only: a dead leader is never reported while other threads live.
+            dead = [tid for tid in still if _is_dead(tid)]
+            stops.update((tid, GONE) for tid in dead)
+            _abandoned.update(dead)
+            still = [tid for tid in still if tid not in stops]
+        pending = still
+        time.sleep(nap)
+        nap = min(nap * 2, _LONGEST_NAP)
+
+
+def _is_dead(tid: int) -> bool:
+    try:
+        return status(tid).zombie
+    except BadInput:
+        return True
+
+
+_abandoned: set[int] = set()
+
+
+def abandon(tid: int) -> None:
+    """Give up a seized thread that does not stop; ``release_abandoned`` lets go of it once it has."""
+    _abandoned.add(tid)
+
+
+def release_abandoned() -> int:
+    """Detach every abandoned thread that has stopped meanwhile; return how many are left.
+
+    A tracer that lives on (a loop over many processes) must call this until it returns 0; a tracer that exits
+    need not, since the kernel then detaches them itself.
+    """
+    for tid in tuple(_abandoned):
+        stop = poll(tid)
+        if stop is None:
+            continue
+        _abandoned.discard(tid)
+        if stop.kind is not StopKind.GONE:
+            detach(tid, stop)
+    return len(_abandoned)
+
+
+def detach(tid: int, stop: Stop) -> bool:
+    """Let go of a stopped thread, delivering the signal that it stopped for; False if it is gone."""
+    signal = stop.signal if stop.kind is StopKind.SIGNAL else 0
+    try:
+        ptrace.detach(tid, signal)
+    except ptrace.PtraceFailed as error:
+        if not error.gone:
+            raise
+        # Killed in its stop. It must be reaped, or its parent would never hear of its death.
+        if poll(tid) is None:
+            _abandoned.add(tid)
+        return False
+    return True
+
+
+def try_seize(pid: int, tid: int, options: ptrace.Option) -> bool:
+    """Seize one thread of a process; False if it is dead or dying, True also if it was ours already.
+
+    Raises NotPermitted, saying who or what is in the way.
+    """
+    try:
+        ptrace.seize(tid, options)
+    except ptrace.PtraceFailed as error:
+        if error.gone:
+            return False
+        try:
+            found = status(tid)
+        except BadInput:
+            return False
+        if found.tracer_pid == threading.get_native_id():
+            return True
+        if found.zombie:
+            return False
+        raise refused(pid, found, error) from error
+    return True
+
+
+def require_traceable(pid: int) -> ProcessStatus:
+    """Return the status of a process that may in principle be traced.
+
+    Raises BadInput for no such process, a thread id, a kernel thread, a zombie and this process itself.
+    """
+    found = status(pid)
+    problem = _not_a_target(pid, found)
+    if problem:
+        raise BadInput(
+            f"process {pid} cannot be patched", why=problem, next_step="give the pid of another process"
+        )
+    return found
+
+
+def _not_a_target(pid: int, found: ProcessStatus) -> str:
+    if found.tgid == os.getpid():
+        return "it is this very process"
+    if found.tgid != pid:
+        return f"{pid} is a thread of process {found.tgid}, not a process"
+    if found.kernel_thread:
+        return f"it is a kernel thread ({found.name})"
+    if found.zombie and not _has_living_thread(pid):
+        return f"it has exited and only waits for its parent to reap it ({found.name})"
+    return ""
+
+
+def _has_living_thread(pid: int) -> bool:
+    # A main thread may end before the others; it then stays a zombie, and the process lives on.
+    return any(not _is_dead(int(name)) for name in os.listdir(f"/proc/{pid}/task"))  # noqa: PTH208
+
+
+def refused(pid: int, found: ProcessStatus, error: ptrace.PtraceFailed) -> LivegraftError:
+    """Return the error that says why a thread could not be seized, and what would help."""
+    what = f"process {pid} ({found.name}) may not be traced"
+    if found.tracer_pid:
+        tracer = _name_of(found.tracer_pid)
+        return NotPermitted(
+            what,
+            why=f"it is traced already, by process {found.tracer_pid} ({tracer})",
+            next_step=f"end {tracer}, or detach it from {pid}, and try again",
+        )
+    scope = _yama_scope()
+    if scope >= 3:
+        return NotPermitted(
+            what, why=f"{_YAMA} is {scope}: nobody may trace", next_step="only a reboot lifts this setting"
+        )
+    if scope >= 1 and os.geteuid() != 0:
+        return NotPermitted(
+            what,
+            why=f"{_YAMA} is {scope}; this is user {os.geteuid()} without CAP_SYS_PTRACE",
+            next_step="run as root",
+        )
+    if os.geteuid() != 0 or found.uid != os.geteuid():
+        return NotPermitted(
+            what,
+            why=f"it belongs to user {found.uid}, this is user {os.geteuid()}; {error.why}",
+            next_step="run as root; inside a container, give it CAP_SYS_PTRACE",
+        )
+    return NotPermitted(
+        what,
+        why=error.why,
+        next_step="give this process CAP_SYS_PTRACE, and see whether a security module (dmesg) forbids it",
+    )
+
+
+def _name_of(pid: int) -> str:
+    try:
+        return status(pid).name
+    except BadInput:
+        return "already gone"
+
+
+def _yama_scope() -> int:
+    try:
+        with open(_YAMA, encoding="ascii") as file:
+            return int(file.read())
+    except FileNotFoundError:
+        return 0  # the kernel is built without Yama
