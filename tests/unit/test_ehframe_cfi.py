@@ -35,7 +35,7 @@ def readelf_rows(path: Path | str) -> Iterator[tuple[int, dict[str, str]]]:
             in_fde, columns = " FDE " in line, []
         elif words[:1] == ["LOC"]:
             columns = words[1:]
-        elif in_fde and columns and words:
+        elif in_fde and columns and words and "ZERO" not in words:
             yield int(words[0], 16), dict(zip(columns, words[1:], strict=True))
 
 
