@@ -123,11 +123,15 @@ class Contents:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A record found in a process: its address and size in bytes, its state and what the slot in force
-    says."""
+    """A record found in a process: its address and size in bytes, its state and what the slot in force says.
+
+    ``written`` is the state that its state word has; ``state`` differs from it where a patcher died after it
+    had applied another patch and before it had put this one aside.
+    """
 
     address: int
     size: int
+    written: State
     state: State
     slot: int
     contents: Contents
@@ -221,7 +225,7 @@ def decode_record(data: bytes, address: int) -> Record:
     text = data[start : start + length]
     if hashlib.sha256(text).digest() != digest:
         raise _damaged(address, "its text does not have its digest")
-    return Record(address, size, State(state), slot, _decode_contents(text, address))
+    return Record(address, size, State(state), State(state), slot, _decode_contents(text, address))
 
 
 def _damaged(address: int, why: str) -> LivegraftError:

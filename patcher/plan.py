@@ -1,0 +1,334 @@
+"""The plan: every byte that a transaction will write, computed before any thread is stopped.
+
+Pure: a binding, the records of the process and the bytes that are at the entries now go in; page writes,
+state words and forbidden ranges come out. What the entries hold is taken from memory and not from what a
+record says, so that one rule covers a clean process, a patched one, and one whose patcher was killed between
+two writes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from elfdiff.errors import Refused, TargetDamaged
+from trampolines.entry_x86_64 import ENTRY_JUMP_SIZE, entry_jump
+from trampolines.errors import TrampolineError
+
+from .binding import PF_X, Binding, overlay
+from .modules import Module
+from .record import Contents, JournalEntry, Record, State, state_word
+
+ReadBytes = Callable[[Sequence[tuple[int, int]]], list[bytes]]
+"""Return the bytes of every (absolute address, size): Memory.read_many."""
+
+_PAGE = 4096
+_SUPERSEDED = frozenset({State.REPLACED, State.REVERTED})
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """The records of one image of a process: what is in force, what was interrupted, what lies idle.
+
+    ``stale`` are those whose state word does not say yet that they were replaced.
+    """
+
+    applied: Record | None
+    interrupted: tuple[Record, ...]
+    idle: tuple[Record, ...]
+    prepared: tuple[Record, ...]
+    stale: tuple[Record, ...]
+
+    @property
+    def active(self) -> tuple[Record, ...]:
+        """Every record whose entry jumps may be in place."""
+        return (*((self.applied,) if self.applied else ()), *self.interrupted)
+
+
+@dataclass(frozen=True, slots=True)
+class PageWrite:
+    """One write: ``before`` is at ``address`` now, ``after`` will be. Never crosses a page boundary."""
+
+    address: int
+    before: bytes
+    after: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StateWrite:
+    """One state word: the record's address, the 8 bytes that it has now, and those that it will have."""
+
+    record: int
+    before: bytes
+    after: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ForbiddenRange:
+    """Absolute code addresses [start, end) that no thread may be in, or return to, when the plan is carried
+    out."""
+
+    start: int
+    end: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the pause does: ``first`` state words, the ``pages``, then the ``last`` state words, each in
+    order."""
+
+    first: tuple[StateWrite, ...]
+    pages: tuple[PageWrite, ...]
+    last: tuple[StateWrite, ...]
+    forbidden: tuple[ForbiddenRange, ...]
+
+
+def situation(records: Iterable[Record], module: Module) -> Situation:
+    """Sort the records of ``module`` by what they mean.
+
+    Raises TargetDamaged where two records both claim to be in force, which no sequence of commands leaves
+    behind.
+    """
+    own = [item for item in records if _is_of(item, module)]
+    applied = [item for item in own if item.state is State.APPLIED]
+    if len(applied) > 1:
+        raise TargetDamaged(
+            f"two records say that their patch of {module.path} is in force",
+            why=", ".join(f"{item.short_id} at {item.address:#x}" for item in applied),
+            next_step="restart the program",
+        )
+    return Situation(
+        applied=applied[0] if applied else None,
+        interrupted=tuple(item for item in own if item.interrupted),
+        idle=tuple(item for item in own if item.state in _SUPERSEDED),
+        prepared=tuple(item for item in own if item.state is State.PREPARED),
+        stale=tuple(item for item in own if item.state is not item.written),
+    )
+
+
+def _is_of(record: Record, module: Module) -> bool:
+    contents = record.contents
+    return contents.old.build_id == module.build_id and contents.old_bias == module.bias
+
+
+def journal_for_apply(
+    binding: Binding, patch_bias: int, now: Situation, read: ReadBytes
+) -> tuple[JournalEntry, ...]:
+    """Return the journal of applying a patch whose load bias is ``patch_bias``, by rising address.
+
+    It covers the entries of the patch and those of every active record, which go back to their file's bytes
+    unless the patch redirects them. Raises Refused where an entry jump cannot be placed.
+    """
+    jumps = _entry_jumps(binding, patch_bias)
+    pristine = _known_pristine(now.active)
+    unknown = [address for address in jumps if address not in pristine]
+    spans = [(address, ENTRY_JUMP_SIZE) for address in unknown]
+    pristine.update(zip(unknown, read(spans), strict=True))
+    settled = _settled(now.applied)
+    journal = []
+    for address in sorted(pristine):
+        file_bytes = pristine[address]
+        before = settled.get(address, file_bytes)
+        journal.append(JournalEntry(address, file_bytes, before, jumps.get(address, file_bytes)))
+    _require_apart(journal)
+    return tuple(journal)
+
+
+def _settled(applied: Record | None) -> dict[int, bytes]:
+    """What the entries hold in the state to go back to: whatever was interrupted counts as not begun."""
+    return {entry.address: entry.after for entry in applied.contents.journal} if applied else {}
+
+
+def _known_pristine(records: Iterable[Record]) -> dict[int, bytes]:
+    return {entry.address: entry.pristine for record in records for entry in record.contents.journal}
+
+
+def _entry_jumps(binding: Binding, patch_bias: int) -> dict[int, bytes]:
+    jumps = {}
+    for function in binding.patch.functions:
+        if not function.entry_jump or function.old_start is None or function.old_size is None:
+            continue
+        address = function.old_start + binding.old_bias
+        _require_room(function.name, address, function.old_size, binding.module)
+        jumps[address] = _jump(function.name, address, function.new_start + patch_bias)
+    return jumps
+
+
+def _jump(name: str, address: int, target: int) -> bytes:
+    try:
+        return entry_jump(address, target)
+    except TrampolineError as error:
+        raise Refused(f"the function {name} cannot be redirected", why=str(error)) from error
+
+
+def _require_room(name: str, address: int, size: int, module: Module) -> None:
+    if not (module.low <= address and address + size <= module.high):
+        raise Refused(
+            f"the function {name} lies outside of {module.path}", why=f"its address would be {address:#x}"
+        )
+    if size < ENTRY_JUMP_SIZE:
+        raise Refused(
+            f"the function {name} is too short to be redirected",
+            why=f"it has {size} bytes at {address:#x}, an entry jump needs {ENTRY_JUMP_SIZE}",
+            next_step="restart the program instead",
+        )
+    if address % _PAGE > _PAGE - ENTRY_JUMP_SIZE:
+        raise Refused(
+            f"the function {name} cannot be redirected safely",
+            why=f"an entry jump at {address:#x} would cross a page boundary, and a death of livegraft "
+            "between the two pages would leave half of it",
+            next_step="restart the program instead",
+        )
+
+
+def _require_apart(journal: Sequence[JournalEntry]) -> None:
+    for entry, following in itertools.pairwise(journal):
+        if entry.address + len(entry.after) > following.address:
+            raise Refused(
+                "two entry jumps would overlap",
+                why=f"they are at {entry.address:#x} and {following.address:#x}",
+                next_step="restart the program instead",
+            )
+
+
+def plan_apply(own: Record, contents: Contents, slot: int, now: Situation, read: ReadBytes) -> Plan:
+    """Return the plan that puts the patch of the record ``own`` in force with new ``contents`` in ``slot``.
+
+    Raises Refused where an entry holds bytes that neither the file nor a record accounts for.
+    """
+    others = [item for item in now.active if item.address != own.address]
+    wanted = {entry.address: entry.after for entry in contents.journal}
+    known = _known_values(now.active, contents.journal)
+    in_force = [item for record in now.active for item in _ranges(record.contents)]
+    put_aside = [_to(item, State.REPLACED) for item in (*others, *now.stale) if item.address != own.address]
+    return Plan(
+        first=(_change(own, State.APPLYING, slot),),
+        pages=page_writes(wanted, known, read),
+        last=(_change(own, State.APPLIED, slot, State.APPLYING), *dict.fromkeys(put_aside)),
+        forbidden=disjoint((*_old_ranges(contents), *in_force)),
+    )
+
+
+def plan_revert(record: Record, now: Situation, read: ReadBytes) -> Plan:
+    """Return the plan that takes the patch of ``record``, an active one, out of force.
+
+    An applied patch, or one whose revert was interrupted, goes back to the bytes of the file. One whose apply
+    was interrupted is undone: what was in force before it is in force again. Raises Refused as ``plan_apply``
+    does.
+    """
+    undo = record.state is State.APPLYING
+    settled = _settled(now.applied) if undo else {}
+    pristine = _known_pristine(now.active)
+    wanted = {address: settled.get(address, file_bytes) for address, file_bytes in pristine.items()}
+    ended = [_to(item, State.REVERTED) for item in now.interrupted if item.address != record.address]
+    during = State.APPLYING if undo else State.REVERTING
+    begin = () if record.written is during else (_change(record, during, record.slot),)
+    return Plan(
+        first=(*(_to(item, State.REPLACED) for item in now.stale), *begin),
+        pages=page_writes(wanted, _known_values(now.active, ()), read),
+        last=(*ended, _change(record, State.REVERTED, record.slot, during)),
+        forbidden=disjoint(item for active in now.active for item in _ranges(active.contents)),
+    )
+
+
+def _change(record: Record, state: State, slot: int, before: State | None = None) -> StateWrite:
+    old = state_word(record.written, record.slot) if before is None else state_word(before, slot)
+    return StateWrite(record.address, old, state_word(state, slot))
+
+
+def _to(record: Record, state: State) -> StateWrite:
+    return _change(record, state, record.slot)
+
+
+def _known_values(records: Iterable[Record], journal: Sequence[JournalEntry]) -> dict[int, set[bytes]]:
+    known: dict[int, set[bytes]] = {}
+    for entries in (journal, *(record.contents.journal for record in records)):
+        for entry in entries:
+            known.setdefault(entry.address, set()).update((entry.pristine, entry.before, entry.after))
+    return known
+
+
+def page_writes(
+    wanted: dict[int, bytes], known: dict[int, set[bytes]], read: ReadBytes
+) -> tuple[PageWrite, ...]:
+    """Return the writes that make every address hold its wanted bytes, one a page, by rising address.
+
+    A page where all is as wanted is left out. Raises Refused where an address holds none of its ``known``
+    values.
+    """
+    pages: dict[int, list[int]] = {}
+    for address in sorted(wanted):
+        pages.setdefault(address // _PAGE, []).append(address)
+    spans = [(group[0], group[-1] + len(wanted[group[-1]]) - group[0]) for group in pages.values()]
+    writes = []
+    for group, (start, _), data in zip(pages.values(), spans, read(spans), strict=True):
+        for address in group:
+            held = data[address - start : address - start + len(wanted[address])]
+            _require_known(address, held, known.get(address, set()))
+        after = overlay(start, data, {address: wanted[address] for address in group})
+        if after != data:
+            writes.append(PageWrite(start, data, after))
+    return tuple(writes)
+
+
+def _require_known(address: int, held: bytes, known: set[bytes]) -> None:
+    if held not in known:
+        raise Refused(
+            f"the function entry at {address:#x} was changed by somebody else",
+            why=f"it holds {held.hex(' ')}, which is neither the file's nor any patch's",
+            next_step="detach the debugger or instrumentation that wrote there, or restart the program",
+        )
+
+
+def _old_ranges(contents: Contents) -> list[ForbiddenRange]:
+    """The old code of every patched function."""
+    return [
+        ForbiddenRange(function.old_start, function.old_start + function.old_size, function.name)
+        for function in contents.functions
+        if function.old_start is not None and function.old_size
+    ]
+
+
+def _ranges(contents: Contents) -> list[ForbiddenRange]:
+    """All code that a patch in force runs or has redirected: its own text by function, and the old
+    functions."""
+    patch = f"patch {contents.patch[:12]}"
+    functions = [
+        ForbiddenRange(item.new_start, item.new_start + item.new_size, f"{item.name} ({patch})")
+        for item in contents.functions
+        if item.new_size
+    ]
+    text = [
+        ForbiddenRange(item.start, item.start + item.size, patch)
+        for item in contents.segments
+        if item.flags & PF_X
+    ]
+    jumps = [
+        ForbiddenRange(entry.address, entry.address + len(entry.after), f"entry at {entry.address:#x}")
+        for entry in contents.journal
+    ]
+    return [*functions, *_old_ranges(contents), *text, *jumps]
+
+
+def disjoint(ranges: Iterable[ForbiddenRange]) -> tuple[ForbiddenRange, ...]:
+    """Return ranges that cover the same addresses without overlap, by rising address.
+
+    Where several cover an address the shortest one gives the name, so that a function wins over its segment.
+    """
+    unique = sorted(set(ranges), key=lambda item: (item.end - item.start, item.start, item.name))
+    cuts = sorted({edge for item in unique for edge in (item.start, item.end)})
+    owners: dict[int, ForbiddenRange] = {}
+    positions = {cut: index for index, cut in enumerate(cuts)}
+    for item in unique:
+        for index in range(positions[item.start], positions[item.end]):
+            owners.setdefault(index, item)
+    out: list[ForbiddenRange] = []
+    for index in sorted(owners):
+        start, end, name = cuts[index], cuts[index + 1], owners[index].name
+        if out and out[-1].end == start and out[-1].name == name:
+            out[-1] = ForbiddenRange(out[-1].start, end, name)
+        else:
+            out.append(ForbiddenRange(start, end, name))
+    return tuple(out)
