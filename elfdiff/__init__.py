@@ -1,0 +1,1 @@
+"""Two ELF files in, one patch object out. Knows nothing of processes."""

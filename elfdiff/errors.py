@@ -41,7 +41,7 @@ class LivegraftError(Exception):
 
     exit_code: ClassVar[int] = 1
 
-    def __init__(
+    def __init__(  # noqa: D107  (see the class)
         self, what: str, *, why: str = "", next_step: str = "", details: tuple[str, ...] = ()
     ) -> None:
         super().__init__(what)

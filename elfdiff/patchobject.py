@@ -35,9 +35,7 @@ PATCH_IMAGE = 1
 FIRST_IMPORT = 2
 """Symbol indices from here on: ``imports[index - FIRST_IMPORT]``, resolved in the target process."""
 
-RELOCATION_DTYPE = np.dtype(
-    [("place", "<u8"), ("type", "<u4"), ("symbol", "<u4"), ("addend", "<i8")]
-)
+RELOCATION_DTYPE = np.dtype([("place", "<u8"), ("type", "<u4"), ("symbol", "<u4"), ("addend", "<i8")])
 """One rewritten reference. ``place`` is the virtual address of the field in the patch (P without bias)."""
 
 
@@ -137,6 +135,15 @@ class CheckedRange:
 
 
 @dataclass(frozen=True)
+class RemovedFunction:
+    """An old function without counterpart. It stays in memory, but no thread may be in it when patched."""
+
+    name: str
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
 class LineOnly:
     """A function left out because it differs in line numbers alone (D5)."""
 
@@ -163,6 +170,7 @@ class PatchObject:
     relocations: NDArray[np.void]  # RELOCATION_DTYPE, sorted by place
     checked: tuple[CheckedRange, ...]
     findings: tuple[Finding, ...]
+    removed: tuple[RemovedFunction, ...]
     line_only: tuple[LineOnly, ...]
     eh_frame_hdr: int | None
 

@@ -1,0 +1,1 @@
+"""Machine code: entry jumps and the remote stub. Knows neither ELF nor processes."""

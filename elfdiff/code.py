@@ -1,0 +1,303 @@
+"""The functions of an image and every reference that their instructions make.
+
+A reference is a field of an instruction that names an address: relative to ``rip`` everywhere, and in images
+linked at a fixed address also an absolute 32- or 64-bit field whose value lies in a section of the image. The
+latter is a reading, not a fact (an integer can look like an address); whoever rewrites it needs a second witness.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elfdiff.decode_x86_64 import Decoded, RefKind, decode, instruction_starts
+from elfdiff.ehframe import FdeTable, read_fde_table, scan_eh_frame
+from elfdiff.errors import Refused
+from elfdiff.image import Addresses, Image, Kind
+
+LEA = 0x8D
+NOP_MODRM, NOP, INT3 = 0x11F, 0x90, 0xCC
+
+ADDRESSABLE = (Kind.TEXT, Kind.PLT, Kind.GOT, Kind.CONSTANT, Kind.RELRO, Kind.DATA, Kind.BSS)
+
+
+class FieldKind(IntEnum):
+    """What the bytes of a reference are. The first six equal ``decode_x86_64.RefKind``."""
+
+    MEMORY = 1
+    CALL = 2
+    JUMP = 3
+    BRANCH = 4
+    SHORT = 5
+    ABSOLUTE_DISPLACEMENT = 6  # disp32 without rip, sign-extended
+    ABSOLUTE_IMMEDIATE = 7  # imm32
+    ABSOLUTE_IMMEDIATE64 = 8  # movabs imm64
+
+
+TRANSFERS = (FieldKind.CALL, FieldKind.JUMP, FieldKind.BRANCH, FieldKind.SHORT)
+
+
+@dataclass(frozen=True)
+class References:
+    """All references, ordered by instruction and field; arrays of shape (n,)."""
+
+    function: NDArray[np.int32]  # index of the function that makes it
+    instruction: Addresses
+    field: Addresses  # address of the first byte of the field
+    end: Addresses  # address behind the instruction: what a relative field counts from
+    kind: NDArray[np.uint8]  # FieldKind
+    opcode: NDArray[np.uint16]
+    target: Addresses
+    internal: NDArray[np.bool_]  # stays inside the function; not masked
+    first: NDArray[np.int64]  # per function: its references are [first[i], last[i])
+    last: NDArray[np.int64]
+
+    def of(self, function: int) -> slice:
+        """The references of one function."""
+        return slice(int(self.first[function]), int(self.last[function]))
+
+
+@dataclass(frozen=True)
+class Code:
+    """Functions are sorted by address; index i is the i-th function. ``base`` is the address of ``raw[0]``."""
+
+    image: Image
+    base: int
+    raw: NDArray[np.uint8] = field(repr=False)
+    decoded: Decoded = field(repr=False)
+    starts: Addresses
+    ends: Addresses
+    has_unwind: NDArray[np.bool_]  # an FDE gives the bounds; else what lies between FDEs
+    has_lsda: NDArray[np.bool_]
+    sound: NDArray[np.bool_]  # instructions fill the function exactly
+    is_start: NDArray[np.bool_] = field(repr=False)  # per byte: an instruction starts here
+    references: References = field(repr=False)
+    masked: NDArray[np.uint8] = field(repr=False)  # ``raw`` with the fields that lead outside zeroed
+
+    def __len__(self) -> int:
+        """Number of functions."""
+        return len(self.starts)
+
+    def function_at(self, addresses: Addresses) -> NDArray[np.int64]:
+        """Index of the function that contains each address, or -1."""
+        index = np.searchsorted(self.starts, addresses, "right") - 1
+        inside = (index >= 0) & (addresses < self.ends[np.clip(index, 0, None)])
+        return np.where(inside, index, -1)
+
+    def function_of(self, address: int) -> int:
+        """Index of the function that contains one address, or -1."""
+        return int(self.function_at(np.array([address]))[0])
+
+    def size(self, function: int) -> int:
+        """Bytes of a function."""
+        return int(self.ends[function] - self.starts[function])
+
+    def masked_bytes(self, function: int) -> bytes:
+        """The function with every field zeroed that leads outside of it."""
+        a, b = int(self.starts[function]) - self.base, int(self.ends[function]) - self.base
+        return self.masked[a:b].tobytes()
+
+    def raw_bytes(self, function: int) -> bytes:
+        """The function as it is in the file."""
+        a, b = int(self.starts[function]) - self.base, int(self.ends[function]) - self.base
+        return self.raw[a:b].tobytes()
+
+    def instructions(self, function: int) -> NDArray[np.int64]:
+        """Offsets into ``raw`` of the function's instructions."""
+        a, b = int(self.starts[function]) - self.base, int(self.ends[function]) - self.base
+        return np.nonzero(self.is_start[a:b])[0] + a
+
+    def instruction_at(self, addresses: Addresses) -> NDArray[np.bool_]:
+        """Whether an instruction of some function starts at each address."""
+        offsets = addresses - self.base
+        inside = (offsets >= 0) & (offsets < len(self.is_start))
+        return inside & self.is_start[np.clip(offsets, 0, len(self.is_start) - 1)]
+
+    @cached_property
+    def referenced(self) -> Addresses:
+        """Every address that code or a pointer slot of the image names, sorted, without repetition."""
+        return np.unique(
+            np.concatenate([self.references.target[~self.references.internal], self.image.relative_targets])
+        )
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """A name for each function: its symbol, or its address."""
+        symbols = self.image.symbols
+        known: dict[int, str] = {}
+        for value, kind, name in zip(symbols.values.tolist(), symbols.types.tolist(), symbols.names, strict=True):
+            if kind in (2, 10) or value not in known:
+                known[value] = name
+        return tuple(known.get(start, hex(start)) for start in self.starts.tolist())
+
+
+def load_code(image: Image) -> Code:
+    """Find and decode the functions of an image. Raises BadInput or Refused as ``read_fde_table`` does."""
+    text = [s for s in image.sections if s.kind in (Kind.TEXT, Kind.PLT)]
+    if not any(s.kind is Kind.TEXT for s in text):
+        raise Refused(f"{image.path}: no section holds code", next_step="name a program or a shared library")
+    base, high = min(s.start for s in text), max(s.end for s in text)
+    raw = image.memory[base - image.base : high - image.base]
+    decoded = decode(raw)
+    starts, ends, has_unwind, has_lsda = _bounds(image, raw, decoded, base)
+    is_start, final = instruction_starts(decoded.length, starts - base, ends - base)
+    sound = final == ends - base
+    references = _references(image, decoded, is_start, base, starts, ends, raw)
+    return Code(
+        image=image,
+        base=base,
+        raw=raw,
+        decoded=decoded,
+        starts=starts,
+        ends=ends,
+        has_unwind=has_unwind,
+        has_lsda=has_lsda,
+        sound=sound,
+        is_start=is_start,
+        references=references,
+        masked=_mask(raw, base, references),
+    )
+
+
+def _fde_table(image: Image) -> FdeTable:
+    if image.eh_frame_hdr is not None:
+        return read_fde_table(image.eh_frame_hdr, image.read)
+    assert image.eh_frame is not None
+    return scan_eh_frame(*image.eh_frame, image.read)
+
+
+def _bounds(
+    image: Image, raw: NDArray[np.uint8], decoded: Decoded, base: int
+) -> tuple[Addresses, Addresses, NDArray[np.bool_], NDArray[np.bool_]]:
+    """Function bounds: the FDEs, and between them whatever is not padding."""
+    table = _fde_table(image)
+    kinds = image.kinds(table.starts)
+    mine = (kinds == Kind.TEXT) & (table.sizes > 0)
+    starts, sizes, lsda = table.starts[mine], table.sizes[mine], table.has_lsda[mine]
+    gaps = _gaps(image, starts, starts + sizes, raw, decoded, base)
+    all_starts = np.concatenate([starts, np.array([a for a, _ in gaps], np.int64)])
+    all_ends = np.concatenate([starts + sizes, np.array([b for _, b in gaps], np.int64)])
+    unwind = np.arange(len(all_starts)) < len(starts)
+    order = np.argsort(all_starts, kind="stable")
+    has_lsda = np.concatenate([lsda, np.zeros(len(gaps), np.bool_)])
+    return all_starts[order], all_ends[order], unwind[order], has_lsda[order]
+
+
+def _gaps(
+    image: Image,
+    starts: Addresses,
+    ends: Addresses,
+    raw: NDArray[np.uint8],
+    decoded: Decoded,
+    base: int,
+) -> list[tuple[int, int]]:
+    """Code that no FDE covers: (start, end) of each stretch that holds more than padding."""
+    length, opcode = decoded.length, decoded.opcode
+    padding = (opcode == NOP_MODRM) | (opcode == NOP) | (opcode == INT3)
+    found: list[tuple[int, int]] = []
+    for section in (s for s in image.sections if s.kind is Kind.TEXT):
+        inside = (starts >= section.start) & (starts < section.end)
+        lows = [section.start, *ends[inside].tolist()]
+        highs = [*starts[inside].tolist(), section.end]
+        for low, high in zip(lows, highs, strict=True):
+            at, stop = low - base, high - base
+            while at < stop and (padding[at] or raw[at] == 0):
+                at += int(length[at]) if padding[at] else 1
+            if at < stop:
+                found.append((at + base, high))
+    return found
+
+
+def _references(
+    image: Image,
+    decoded: Decoded,
+    is_start: NDArray[np.bool_],
+    base: int,
+    starts: Addresses,
+    ends: Addresses,
+    raw: NDArray[np.uint8],
+) -> References:
+    at = np.nonzero(is_start & decoded.valid)[0]
+    columns = [_relative_fields(raw, decoded, at)]
+    if image.fixed_address:
+        columns += _absolute_fields(image, raw, decoded, at)
+    instruction, offset, kind, target = (np.concatenate(c) for c in zip(*columns, strict=True))
+    order = np.lexsort((offset, instruction))
+    instruction, offset, kind, target = instruction[order], offset[order], kind[order], target[order]
+    relative = kind <= FieldKind.SHORT
+    target = np.where(relative, target + base, target)
+    address = instruction + base
+    function = np.searchsorted(starts, address, "right") - 1
+    inside = (target >= starts[function]) & (target < ends[function])
+    own_address = (kind == FieldKind.MEMORY) & (target == starts[function])
+    counts = np.arange(len(starts))
+    return References(
+        function=function.astype(np.int32),
+        instruction=address,
+        field=address + offset,
+        end=address + decoded.length[instruction],
+        kind=kind,
+        opcode=decoded.opcode[instruction],
+        target=target,
+        internal=relative & inside & ~own_address,
+        first=np.searchsorted(function, counts, "left"),
+        last=np.searchsorted(function, counts, "right"),
+    )
+
+
+_Columns = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8], NDArray[np.int64]]
+
+
+def _relative_fields(raw: NDArray[np.uint8], decoded: Decoded, at: NDArray[np.int64]) -> _Columns:
+    """(instruction, field offset, kind, target), all but the kind relative to the code's base."""
+    kind = decoded.ref_kind[at]
+    at, kind = at[kind != RefKind.NONE], kind[kind != RefKind.NONE]
+    offset = decoded.ref_field[at].astype(np.int64)
+    place = at + offset
+    wide = _int32(raw, place)
+    narrow = raw[place].astype(np.int8).astype(np.int64)
+    displacement = np.where(kind == RefKind.SHORT, narrow, wide)
+    return at, offset, kind, at + decoded.length[at] + displacement
+
+
+def _absolute_fields(image: Image, raw: NDArray[np.uint8], decoded: Decoded, at: NDArray[np.int64]) -> list[_Columns]:
+    """Fields of a fixed-address image whose value lies in one of its sections; targets are absolute."""
+    found = []
+    for fields, sizes, size, kind in (
+        (decoded.disp_field, None, 4, FieldKind.ABSOLUTE_DISPLACEMENT),
+        (decoded.imm_field, decoded.imm_size, 4, FieldKind.ABSOLUTE_IMMEDIATE),
+        (decoded.imm_field, decoded.imm_size, 8, FieldKind.ABSOLUTE_IMMEDIATE64),
+    ):
+        has = (fields[at] > 0) if sizes is None else (sizes[at] == size)
+        place = at[has] + fields[at[has]]
+        value = _int32(raw, place)
+        if size == 8:
+            value = (value & 0xFFFFFFFF) | (_int32(raw, place + 4) << 32)
+        named = np.isin(image.kinds(value), ADDRESSABLE)
+        which = at[has][named]
+        kinds = np.full(len(which), kind, np.uint8)
+        found.append((which, place[named] - which, kinds, value[named]))
+    return found
+
+
+def _int32(raw: NDArray[np.uint8], place: NDArray[np.int64]) -> NDArray[np.int64]:
+    place = np.minimum(place, max(0, len(raw) - 4))
+    parts = [raw[place + k].astype(np.uint32) << np.uint32(8 * k) for k in range(4)]
+    word: NDArray[np.uint32] = parts[0] | parts[1] | parts[2] | parts[3]
+    return word.view(np.int32).astype(np.int64)
+
+
+def _mask(raw: NDArray[np.uint8], base: int, references: References) -> NDArray[np.uint8]:
+    masked = raw.copy()
+    outside = ~references.internal
+    place, kind = references.field[outside] - base, references.kind[outside]
+    masked[place] = 0
+    for k in range(1, 4):
+        masked[place[kind != FieldKind.SHORT] + k] = 0
+    for k in range(4, 8):
+        masked[place[kind == FieldKind.ABSOLUTE_IMMEDIATE64] + k] = 0
+    return masked

@@ -1,0 +1,176 @@
+"""Which functions changed, and why: by what their references lead to, not by their bytes (D2).
+
+A function with equal masked bytes is the same only if every reference leads to the same thing: a function to its
+match, an import to the same name and version, a constant to the same content, a variable to where the address map
+says. What fails that is demoted to changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elfdiff.addressmap import AddressMap, learn
+from elfdiff.code import Code
+from elfdiff.constants import ConstantVerdicts, compare_constants
+from elfdiff.image import Image, Kind
+from elfdiff.jumptables_x86_64 import JumpTable, find_jump_tables
+from elfdiff.lines import line_only
+from elfdiff.matching import Matching, match
+from elfdiff.patchobject import Reason
+
+DATA = (Kind.RELRO, Kind.DATA, Kind.BSS)
+COMPARED_BY_CONTENT = (Kind.CONSTANT, Kind.RELRO)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that is known of a pair of builds. Functions are indices into ``old`` and ``new``."""
+
+    old: Code
+    new: Code
+    matching: Matching
+    addresses: AddressMap
+    constants: ConstantVerdicts
+    tables: tuple[dict[int, JumpTable], dict[int, JumpTable]] = field(repr=False)
+    changed: dict[int, Reason]  # new function -> why
+    line_only: tuple[tuple[int, int], ...]
+    added: tuple[int, ...]  # new functions without counterpart
+    removed: tuple[int, ...]  # old functions without counterpart
+    differing_data: tuple[tuple[int, int], ...]  # (old, new) of writable variables whose initial value differs
+
+    def old_entry(self, function: int) -> int | None:
+        """Old start address of a new function, or None when it has no counterpart."""
+        i = int(self.matching.old_of[function])
+        return int(self.old.starts[i]) if i >= 0 else None
+
+
+def compare(old: Code, new: Code) -> Comparison:
+    """Compare two builds."""
+    matching = match(old, new)
+    tables = find_jump_tables(old), find_jump_tables(new)
+    lines = line_only(old, new, matching.pairs(same=False), matching.pairs(same=True))
+    addresses = learn(old, new, matching, np.array(lines, np.int64).reshape(-1, 2))
+    constants = compare_constants(old, new, matching, addresses, tables)
+    changed = {j: Reason.CODE for j in matching.pairs(same=False)[:, 1].tolist()}
+    changed.update({j: Reason.LINES for _, j in lines})
+    changed.update(_Judge(old, new, matching, addresses, constants).demoted())
+    lines = [(i, j) for i, j in lines if changed[j] is Reason.LINES]
+    differing = [pair for pair in constants.differing if _writable(old.image, pair[0])]
+    return Comparison(
+        old=old,
+        new=new,
+        matching=matching,
+        addresses=addresses,
+        constants=constants,
+        tables=tables,
+        changed=changed,
+        line_only=tuple(lines),
+        added=tuple(np.nonzero(matching.old_of < 0)[0].tolist()),
+        removed=tuple(np.nonzero(matching.new_of < 0)[0].tolist()),
+        differing_data=tuple(sorted(differing)),
+    )
+
+
+def _writable(image: Image, address: int) -> bool:
+    section = image.section_at(address)
+    return section is not None and section.kind in (Kind.DATA, Kind.BSS)
+
+
+class _Judge:
+    """Decides for reference pairs whether both lead to the same thing."""
+
+    def __init__(
+        self,
+        old: Code,
+        new: Code,
+        matching: Matching,
+        addresses: AddressMap,
+        constants: ConstantVerdicts,
+    ) -> None:
+        self.old, self.new, self.matching = old, new, matching
+        self.addresses, self.constants = addresses, constants
+        self.known: dict[tuple[int, int], Reason | None] = {}
+
+    def demoted(self) -> dict[int, Reason]:
+        """New functions of equal bytes that are changed all the same."""
+        pins = self.addresses.pins
+        pairs, inverse = np.unique(np.stack([pins.old, pins.new], axis=1), axis=0, return_inverse=True)
+        verdicts = [self.verdict(o, n) for o, n in pairs.tolist()]
+        differs = np.array([v is not None for v in verdicts], np.bool_)[inverse.ravel()]
+        found: dict[int, Reason] = {}
+        for index in np.nonzero(differs)[0].tolist():
+            reason = verdicts[int(inverse.ravel()[index])]
+            assert reason is not None
+            found.setdefault(int(self.new.references.function[pins.right[index]]), reason)
+        return found
+
+    def verdict(self, o: int, n: int) -> Reason | None:
+        """None when an old and a new address name the same thing, else why not."""
+        if (o, n) not in self.known:
+            self.known[o, n] = self._verdict(o, n)
+        return self.known[o, n]
+
+    def _verdict(self, o: int, n: int) -> Reason | None:
+        old_kind, new_kind = self._kind(self.old.image, o), self._kind(self.new.image, n)
+        if Kind.TEXT in (old_kind, new_kind):
+            return None if self._same_code(o, n) else Reason.CALLEE
+        linkage = (Kind.PLT, Kind.GOT)
+        if old_kind in linkage and new_kind in linkage:
+            return None if self._same_slot(o, n) else Reason.CALLEE
+        if old_kind in COMPARED_BY_CONTENT and new_kind in COMPARED_BY_CONTENT:
+            if (o, n) in self.constants.differing:
+                return Reason.CONSTANT
+            if (o, n) not in self.constants.segments and not self._same_string(o, n):
+                return Reason.CONSTANT
+            return None
+        known = self.addresses.old_of.get(n)
+        if known is None:
+            return Reason.CALLEE
+        return None if known[0] == o else Reason.CALLEE
+
+    def _kind(self, image: Image, address: int) -> Kind:
+        section = image.section_at(address)
+        return section.kind if section else Kind.NONE
+
+    def _same_string(self, o: int, n: int) -> bool:
+        text = self.old.image.string_at(o)
+        return bool(text) and text == self.new.image.string_at(n)
+
+    def _same_code(self, o: int, n: int) -> bool:
+        i, j = self.old.function_of(o), self.new.function_of(n)
+        if i < 0 or j < 0 or self.matching.new_of[i] != j:
+            return False
+        into_old, into_new = o - int(self.old.starts[i]), n - int(self.new.starts[j])
+        return into_old == into_new or (not bool(self.matching.same[i]) and into_old > 0 and into_new > 0)
+
+    def _same_slot(self, o: int, n: int) -> bool:
+        """Two linkage stubs or GOT slots that the dynamic linker fills with the same value."""
+        old, new = self.old.image, self.new.image
+        o, n = old.plt.get(o, o), new.plt.get(n, n)
+        first, second = old.slots.get(o), new.slots.get(n)
+        if first is None and second is None:
+            to, tn = old.pointer_at(o), new.pointer_at(n)
+            if to is None or tn is None:
+                return to is None and tn is None
+            return self.verdict(to, tn) is None
+        if first is None or second is None:
+            return False
+        if first.symbol or second.symbol:
+            return (first.type, first.symbol, first.version) == (second.type, second.symbol, second.version)
+        return first.type == second.type and self._same_nameless(first.addend, second.addend)
+
+    def _same_nameless(self, o: int, n: int) -> bool:
+        """IRELATIVE: the addend is the resolver; a TLS offset: the number itself."""
+        if self.old.function_of(o) >= 0:
+            return self._same_code(o, n)
+        return o == n
+
+
+def changed_functions(comparison: Comparison, *, lines: bool) -> NDArray[np.int64]:
+    """New functions that the patch must hold before closure: changed ones and added ones."""
+    skipped = {Reason.LINES} if not lines else set()
+    mine = {j for j, reason in comparison.changed.items() if reason not in skipped}
+    return np.array(sorted(mine | set(comparison.added)), np.int64)

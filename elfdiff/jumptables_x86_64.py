@@ -1,0 +1,89 @@
+"""Switch tables, found by what they contain rather than by how a compiler addresses them.
+
+A function that has an indirect jump (``jmp *reg`` or ``jmp *mem``, opcode FF /4) and names a constant may dispatch
+through it. Position-independent code keeps 32-bit offsets from the table to the cases, fixed-address code 64-bit
+addresses. A constant counts as a table when its leading entries all lead to instructions and at least one of them
+lies in the function itself; it ends where an entry does not lead to an instruction or where the next referenced
+address begins.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elfdiff.code import LEA, Code, FieldKind
+from elfdiff.image import Addresses, Kind
+
+MAX_ENTRIES = 1 << 16
+
+
+@dataclass(frozen=True)
+class JumpTable:
+    """``entry_size`` is 4 (offsets from the table) or 8 (addresses); ``targets`` are virtual addresses."""
+
+    address: int
+    function: int
+    entry_size: int
+    targets: Addresses
+
+    @property
+    def end(self) -> int:
+        """One past its last byte."""
+        return self.address + self.entry_size * len(self.targets)
+
+
+def find_jump_tables(code: Code) -> dict[int, JumpTable]:
+    """All switch tables of an image, by address."""
+    references, image = code.references, code.image
+    dispatching = _functions_with_indirect_jump(code)
+    candidates = dispatching[references.function] & ~references.internal
+    lea = (references.kind == FieldKind.MEMORY) & (references.opcode == LEA)
+    absolute = references.kind >= FieldKind.ABSOLUTE_DISPLACEMENT
+    candidates &= (lea | absolute) & (image.kinds(references.target) == Kind.CONSTANT)
+    tables: dict[int, JumpTable] = {}
+    for index in np.nonzero(candidates)[0].tolist():
+        address = int(references.target[index])
+        if address not in tables:
+            table = _table_at(code, address, int(references.function[index]))
+            if table is not None:
+                tables[address] = table
+    return tables
+
+
+def _functions_with_indirect_jump(code: Code) -> NDArray[np.bool_]:
+    decoded = code.decoded
+    jumps = (decoded.opcode == 0xFF) & ((decoded.modrm >> 3 & 7) == 4) & code.is_start
+    through_slot = (decoded.modrm & 0xC7) == 0x05  # jmp *slot(%rip): a linkage stub or a tail call
+    at = np.nonzero(jumps & ~through_slot)[0] + code.base
+    found = np.zeros(len(code), np.bool_)
+    found[code.function_at(at)] = True
+    return found
+
+
+def _table_at(code: Code, address: int, function: int) -> JumpTable | None:
+    section = code.image.section_at(address)
+    assert section is not None
+    following = int(np.searchsorted(code.referenced, address, "right"))
+    limit = int(code.referenced[following]) if following < len(code.referenced) else section.end
+    limit = min(limit, section.end)
+    for entry_size in (8, 4) if code.image.fixed_address else (4,):
+        count = min((limit - address) // entry_size, MAX_ENTRIES)
+        if count <= 0:
+            continue
+        places = address + entry_size * np.arange(count, dtype=np.int64)
+        values = code.image.int32_at(places)
+        if entry_size == 8:
+            high = code.image.int32_at(places + 4)
+            targets = np.where(high == 0, values, -1)
+        else:
+            targets = values + address
+        sound = code.instruction_at(targets)
+        length = count if sound.all() else int(np.argmin(sound))
+        targets = targets[:length]
+        inside = (targets >= code.starts[function]) & (targets < code.ends[function])
+        if inside.any():
+            return JumpTable(address, function, entry_size, targets)
+    return None

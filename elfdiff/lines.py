@@ -1,0 +1,219 @@
+"""Functions that differ in line numbers alone (D5).
+
+``assert`` and logging macros pass ``__LINE__``, mostly beside ``__FILE__``: a ``mov $imm32, reg`` into an argument
+register in the same stretch between calls as the load of a string that names a source file. An edit above shifts
+all of them. A function counts as line-only when its instructions are the same but for such immediates.
+
+Even beside a file name another argument may have changed (a log level), so the shift must fit: the next line of the
+same file, above or below, must have moved alike, or nothing above may have stayed where it was.
+
+An immediate without a file name beside it (a macro that passes ``__LINE__`` alone) is believed only on more
+evidence, since a changed enumeration shifts arguments as well: it must be large, it must have moved exactly as the
+file-named lines around it in the same translation unit did, and the same argument of the same callee must have
+moved so with at least two different values. What is not believed is a change, and a change is only patched
+needlessly; the other error would leave a fix out.
+"""
+
+from __future__ import annotations
+
+import bisect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elfdiff.code import LEA, Code, FieldKind
+from elfdiff.decode_x86_64 import RefKind
+from elfdiff.image import Kind
+
+MAX_LINE = 200_000
+"""No source file of the programs at hand is longer; generated ones reach 150,000."""
+MIN_BARE_LINE = 64
+"""Smallest line that is believed without a file name beside it; enumerations live below."""
+WINDOW = 14
+"""Instructions on either side in which the file name must be loaded and the call be made."""
+NEIGHBOURHOOD = 40
+"""Functions on either side in which the translation unit's file name must be found."""
+ARGUMENT_REGISTERS = frozenset((1, 2, 6, 7, 8, 9))
+"""Numbers of rcx rdx rsi rdi r8 r9 (psABI, section 3.2.3); rax and the callee-saved ones pass no argument."""
+
+_SOURCE_FILE = re.compile(rb"[\w./+~-]*\w\.(?:c|h|cc|cpp|cxx|hh|hpp|inc|y|l|S)\Z")
+
+
+@dataclass(frozen=True)
+class _Line:
+    """An argument that may be a line number: old and new value, the file beside it, who is called with it."""
+
+    old: int
+    new: int
+    file: bytes | None
+    callee: int
+    register: int
+
+    @property
+    def shift(self) -> int:
+        return self.new - self.old
+
+
+def line_only(old: Code, new: Code, changed: NDArray[np.int64], same: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Those of the changed function pairs (n, 2) that differ in line numbers alone; ``same`` are the equal pairs."""
+    candidates = {(i, j): _candidate(old, new, i, j) for i, j in changed.tolist()}
+    found = {pair: lines for pair, lines in candidates.items() if lines}
+    shifts = _Shifts(found)
+    shifts.add_unmoved(old, same[:, 0])
+    return [pair for pair, lines in found.items() if all(shifts.believed(pair[0], line) for line in lines)]
+
+
+class _Shifts:
+    """How the lines of each source file moved, learned from arguments that stand beside a file name."""
+
+    def __init__(self, found: dict[tuple[int, int], tuple[_Line, ...]]) -> None:
+        self.by_file: dict[bytes, list[tuple[int, int]]] = {}
+        self.parameter: dict[tuple[int, int], set[int]] = {}
+        files: dict[int, bytes] = {}
+        for (i, _), lines in found.items():
+            for line in lines:
+                if line.file is not None:
+                    self.by_file.setdefault(line.file, []).append((line.old, line.shift))
+                    files[i] = line.file
+                self.parameter.setdefault((line.callee, line.register), set()).add(line.old)
+        for moved in self.by_file.values():
+            moved.sort()
+        self.functions = sorted(files)
+        self.files = files
+
+    def add_unmoved(self, code: Code, functions: NDArray[np.int64]) -> None:
+        """Lines that stayed where they were: the same arguments in functions that did not change."""
+        names = _addresses_of(code, set(self.by_file))
+        references = code.references
+        rows = np.nonzero(np.isin(references.target, list(names)))[0]
+        unchanged = np.zeros(len(code), np.bool_)
+        unchanged[functions] = True
+        for row in rows[unchanged[references.function[rows]]].tolist():
+            at = code.instructions(int(references.function[row]))
+            index = int(np.searchsorted(at, references.instruction[row] - code.base))
+            for k in _stretch(code, at, index):
+                register = _argument(code, int(at[k]), np.zeros(0, np.int64))
+                if register is not None and (_callee(code, at, k), register) in self.parameter:
+                    value = _immediate(code, int(at[k]))
+                    bisect.insort(self.by_file[names[int(references.target[row])]], (value, 0))
+
+    def believed(self, function: int, line: _Line) -> bool:
+        if line.file is not None:
+            moved = self.by_file[line.file]
+            below = bisect.bisect_left(moved, (line.old, -MAX_LINE))
+            above = bisect.bisect_right(moved, (line.old, MAX_LINE))
+            around = {moved[k][1] for k in (below - 1, above) if 0 <= k < len(moved)}
+            return line.shift in around or all(shift for _, shift in moved[above:])
+        several = line.callee >= 0 and len(self.parameter[line.callee, line.register]) >= 2
+        return several and line.old >= MIN_BARE_LINE and self._moved_alike(function, line)
+
+    def _moved_alike(self, function: int, line: _Line) -> bool:
+        """The file-named lines next to it, in the file of the functions around it, moved by the same number."""
+        at = bisect.bisect_left(self.functions, function)
+        around = [k for k in self.functions[max(0, at - 1) : at + 2] if abs(k - function) <= NEIGHBOURHOOD]
+        for file in {self.files[k] for k in around}:
+            moved = self.by_file[file]
+            k = bisect.bisect_left(moved, (line.old, -MAX_LINE))
+            if line.shift in {shift for _, shift in moved[max(0, k - 1) : k + 1]}:
+                return True
+        return False
+
+
+def _candidate(old: Code, new: Code, i: int, j: int) -> tuple[_Line, ...]:
+    """The arguments in which two functions of the same instructions differ; empty when they differ otherwise."""
+    at_old, at_new = old.instructions(i), new.instructions(j)
+    if len(at_old) != len(at_new) or old.size(i) != new.size(j):
+        return ()
+    if (at_old - at_old[0] != at_new - at_new[0]).any():
+        return ()
+    first = np.frombuffer(old.masked_bytes(i), np.uint8)
+    second = np.frombuffer(new.masked_bytes(j), np.uint8)
+    differing = np.nonzero(first != second)[0] + int(at_old[0])
+    files_old, files_new = _file_loads(old, i), _file_loads(new, j)
+    lines = []
+    for index in np.unique(np.searchsorted(at_old, differing, "right") - 1).tolist():
+        a, b = int(at_old[index]), int(at_new[index])
+        inside = differing[(differing >= a) & (differing < a + int(old.decoded.length[a]))] - a
+        file = _near_file(old, at_old, index, files_old)
+        register = _argument(old, a, inside)
+        values = _immediate(old, a), _immediate(new, b)
+        if register is None or file != _near_file(new, at_new, index, files_new):
+            return ()
+        if not all(0 < value <= MAX_LINE for value in values):
+            return ()
+        lines.append(_Line(*values, file, _callee(old, at_old, index), register))
+    return tuple(lines)
+
+
+def _argument(code: Code, a: int, inside: NDArray[np.int64]) -> int | None:
+    """The register of ``mov $imm32, argument register`` when only its immediate differs, else None."""
+    field, opcode = int(code.decoded.imm_field[a]), int(code.decoded.opcode[a])
+    if not 0xB8 <= opcode <= 0xBF or code.decoded.imm_size[a] != 4 or (inside < field).any():
+        return None
+    rex_b = field == 2 and bool(code.raw[a] & 1)
+    register = (opcode & 7) + 8 * rex_b
+    return register if register in ARGUMENT_REGISTERS else None
+
+
+def _immediate(code: Code, a: int) -> int:
+    field = a + int(code.decoded.imm_field[a])
+    return int.from_bytes(code.raw[field : field + 4].tobytes(), "little")
+
+
+def _file_loads(code: Code, function: int) -> dict[int, bytes]:
+    """Instruction offset -> the source file name whose address it loads."""
+    references, image = code.references, code.image
+    rows = references.of(function)
+    loads = {}
+    for address, kind, opcode, target in zip(
+        references.instruction[rows].tolist(),
+        references.kind[rows].tolist(),
+        references.opcode[rows].tolist(),
+        references.target[rows].tolist(),
+        strict=True,
+    ):
+        if (kind == FieldKind.MEMORY and opcode == LEA) or kind == FieldKind.ABSOLUTE_IMMEDIATE:
+            section = image.section_at(target)
+            text = image.string_at(target, 512) if section and section.kind is Kind.CONSTANT else None
+            if text and _SOURCE_FILE.match(text):
+                loads[address - code.base] = text
+    return loads
+
+
+def _near_file(code: Code, at: NDArray[np.int64], index: int, files: dict[int, bytes]) -> bytes | None:
+    """The file name loaded in the same stretch between calls as instruction ``index``."""
+    return next((files[int(at[k])] for k in _stretch(code, at, index) if int(at[k]) in files), None)
+
+
+def _stretch(code: Code, at: NDArray[np.int64], index: int) -> Iterator[int]:
+    """Indices of the instructions around ``index``, nearest first and before first, up to a call on either side."""
+    for step in (-1, 1):
+        k = index + step
+        while 0 <= k < len(at) and abs(k - index) <= WINDOW:
+            if int(code.decoded.ref_kind[int(at[k])]) == RefKind.CALL:
+                break
+            yield k
+            k += step
+
+
+def _addresses_of(code: Code, texts: set[bytes]) -> dict[int, bytes]:
+    """Addresses that code names and at which one of the strings stands."""
+    targets = np.unique(code.references.target)
+    constants = targets[code.image.kinds(targets) == Kind.CONSTANT].tolist()
+    found = ((address, code.image.string_at(address, 512)) for address in constants)
+    return {address: text for address, text in found if text in texts}
+
+
+def _callee(code: Code, at: NDArray[np.int64], index: int) -> int:
+    """Address of the function called next, or -1 where a branch or nothing follows."""
+    for offset in at[index + 1 : index + 1 + WINDOW].tolist():
+        kind = int(code.decoded.ref_kind[offset])
+        if kind == RefKind.CALL:
+            row = int(np.searchsorted(code.references.instruction, offset + code.base))
+            return int(code.references.target[row])
+        if kind in (RefKind.BRANCH, RefKind.SHORT):
+            return -1
+    return -1

@@ -1,0 +1,284 @@
+"""Which old function is which new one, without symbols.
+
+From sure to less sure, each step seeing only what is left:
+
+1. the same masked bytes and the same symbolic references (imports by name, strings by content), once in each build;
+2. what the code of matched functions calls at the same place, and what paired pointer slots point to;
+3. equal ones in link order between two matched neighbours;
+4. in a gap between matched neighbours, the pairing of highest similarity (order kept).
+
+What references say outvotes what order says. Symbols are never used: they serve the tests as the truth.
+"""
+
+from __future__ import annotations
+
+import bisect
+import difflib
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import IntEnum
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elfdiff.code import LEA, Code, FieldKind
+from elfdiff.image import Kind
+from elfdiff.pairing import aligned, paired
+
+MIN_SIMILARITY = 0.5
+"""Share of equal pairs of neighbouring opcodes below which two functions of a gap are not the same function."""
+MAX_GAP = 200
+"""Functions of a gap that are compared each with each."""
+MIN_STRING = 2
+
+
+class How(IntEnum):
+    """What a match rests on; a lower number is stronger."""
+
+    UNIQUE = 1
+    REFERENCE = 2
+    ORDER = 3
+    SIMILAR = 4
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Indices of functions; -1 where there is no counterpart.
+
+    ``new_of[i]`` is the new function of old function i, ``old_of`` the reverse; ``same[i]``: equal masked bytes;
+    ``how[i]``: a ``How``, 0 where unmatched.
+    """
+
+    new_of: NDArray[np.int64]
+    old_of: NDArray[np.int64]
+    how: NDArray[np.uint8]
+    same: NDArray[np.bool_]
+
+    def pairs(self, *, same: bool) -> NDArray[np.int64]:
+        """Matched function pairs (n, 2), of equal or of different masked bytes."""
+        i = np.nonzero((self.new_of >= 0) & (self.same == same))[0]
+        return np.stack([i, self.new_of[i]], axis=1)
+
+
+def match(old: Code, new: Code) -> Matching:
+    """Match the functions of two builds."""
+    return _Matcher(old, new).run()
+
+
+class _Matcher:
+    def __init__(self, old: Code, new: Code) -> None:
+        self.old, self.new = old, new
+        self.plain_old, self.strict_old = _signatures(old)
+        self.plain_new, self.strict_new = _signatures(new)
+        self.new_of = np.full(len(old), -1, np.int64)
+        self.old_of = np.full(len(new), -1, np.int64)
+        self.how = np.zeros(len(old), np.uint8)
+        self.votes: dict[int, Counter[int]] = {}
+        self.counted: set[tuple[int, int]] = set()
+
+    def run(self) -> Matching:
+        self._unique(self.strict_old, self.strict_new)
+        self._follow()
+        self._in_order(self.strict_old, self.strict_new)
+        self._follow()
+        self._unique(self.plain_old, self.plain_new)
+        self._in_order(self.plain_old, self.plain_new)
+        self._follow()
+        self._similar()
+        self._follow()
+        self._correct()
+        same = np.zeros(len(self.old), np.bool_)
+        for i in np.nonzero(self.new_of >= 0)[0].tolist():
+            same[i] = self.plain_old[i] == self.plain_new[int(self.new_of[i])]
+        return Matching(self.new_of, self.old_of, self.how, same)
+
+    def _link(self, i: int, j: int, how: How) -> None:
+        self.new_of[i], self.old_of[j], self.how[i] = j, i, how
+
+    def _unlink(self, i: int) -> None:
+        j = int(self.new_of[i])
+        if j >= 0:
+            self.new_of[i], self.old_of[j], self.how[i] = -1, -1, 0
+
+    def _unique(self, first: list[int], second: list[int]) -> None:
+        mine = [i for i in range(len(first)) if self.new_of[i] < 0]
+        theirs = [j for j in range(len(second)) if self.old_of[j] < 0]
+        once_old = Counter(first[i] for i in mine)
+        once_new = Counter(second[j] for j in theirs)
+        place = {second[j]: j for j in theirs if once_new[second[j]] == 1}
+        for i in mine:
+            if once_old[first[i]] == 1 and first[i] in place:
+                self._link(i, place[first[i]], How.UNIQUE)
+
+    def _gaps(self) -> Iterable[tuple[list[int], list[int]]]:
+        """Unmatched functions between neighbours that are matched in the same order, old and new."""
+        matched = np.nonzero(self.new_of >= 0)[0]
+        kept = _increasing(self.new_of[matched].tolist())
+        anchors = [(int(matched[k]), int(self.new_of[matched[k]])) for k in kept]
+        edges = [(-1, -1), *anchors, (len(self.old), len(self.new))]
+        for (a, b), (c, d) in pairwise(edges):
+            first = [i for i in range(a + 1, c) if self.new_of[i] < 0]
+            second = [j for j in range(b + 1, d) if self.old_of[j] < 0]
+            if first and second:
+                yield first, second
+
+    def _in_order(self, first: list[int], second: list[int]) -> None:
+        for mine, theirs in list(self._gaps()):
+            a, b = [first[i] for i in mine], [second[j] for j in theirs]
+            for x, y, size in difflib.SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks():
+                for k in range(size):
+                    self._link(mine[x + k], theirs[y + k], How.ORDER)
+
+    def _follow(self) -> None:
+        """Let matched functions vote for what they refer to, until nothing new is matched."""
+        while True:
+            before = int((self.new_of >= 0).sum())
+            self._collect_votes()
+            for i, votes in self.votes.items():
+                if self.new_of[i] < 0:
+                    self._elect(i, votes)
+            if int((self.new_of >= 0).sum()) == before:
+                return
+
+    def _elect(self, i: int, votes: Counter[int]) -> None:
+        """The function with most of the votes, unless it is taken on equal or better grounds."""
+        free = [(count, j) for j, count in votes.items() if self.old_of[j] < 0]
+        if not free:
+            return
+        count, j = max(free)
+        if 2 * count > votes.total() and _similarity(self.old, self.new, i, j) > MIN_SIMILARITY / 2:
+            self._link(i, j, How.REFERENCE)
+
+    def _collect_votes(self) -> None:
+        fresh_same: list[tuple[int, int]] = []
+        fresh_changed: list[tuple[int, int]] = []
+        for i in np.nonzero(self.new_of >= 0)[0].tolist():
+            j = int(self.new_of[i])
+            if (i, j) in self.counted:
+                continue
+            self.counted.add((i, j))
+            (fresh_same if self.plain_old[i] == self.plain_new[j] else fresh_changed).append((i, j))
+        if fresh_same:
+            self._vote(*paired(self.old, self.new, np.array(fresh_same, np.int64)))
+        for i, j in fresh_changed:
+            self._vote(*aligned(self.old, self.new, i, j))
+
+    def _vote(self, left: NDArray[np.int64], right: NDArray[np.int64]) -> None:
+        if not len(left):
+            return
+        a, b = self.old.references.target[left], self.new.references.target[right]
+        i = _exact(self.old, a)
+        j = _exact(self.new, b)
+        both = (i >= 0) & (j >= 0)
+        pairs, counts = np.unique(np.stack([i[both], j[both]], axis=1), axis=0, return_counts=True)
+        for (x, y), count in zip(pairs.tolist(), counts.tolist(), strict=True):
+            self.votes.setdefault(x, Counter())[y] += count
+
+    def _correct(self) -> None:
+        """Undo matches by order that references contradict: identical twins linked in another order."""
+        for i, votes in self.votes.items():
+            j, count = votes.most_common(1)[0]
+            weak = self.how[i] in (How.ORDER, How.SIMILAR, 0)
+            if weak and self.new_of[i] != j and 2 * count > votes.total():
+                rival = int(self.old_of[j])
+                if rival >= 0 and self.how[rival] in (How.UNIQUE, How.REFERENCE):
+                    continue
+                if rival >= 0:
+                    self._unlink(rival)
+                self._unlink(i)
+                self._link(i, j, How.REFERENCE)
+        self._in_order(self.strict_old, self.strict_new)
+        self._in_order(self.plain_old, self.plain_new)
+
+    def _similar(self) -> None:
+        for mine, theirs in list(self._gaps()):
+            self._best_pairing(mine[:MAX_GAP], theirs[:MAX_GAP])
+
+    def _best_pairing(self, mine: list[int], theirs: list[int]) -> None:
+        """Order-preserving pairing with the highest sum of similarities (Needleman-Wunsch without gap cost)."""
+        weight = np.array([[_similarity(self.old, self.new, i, j) for j in theirs] for i in mine])
+        weight[weight < MIN_SIMILARITY] = 0
+        best = np.zeros((len(mine) + 1, len(theirs) + 1))
+        for x in range(len(mine) - 1, -1, -1):
+            for y in range(len(theirs) - 1, -1, -1):
+                best[x, y] = max(best[x + 1, y], best[x, y + 1], best[x + 1, y + 1] + weight[x, y])
+        x = y = 0
+        while x < len(mine) and y < len(theirs):
+            if weight[x, y] > 0 and best[x, y] == best[x + 1, y + 1] + weight[x, y]:
+                self._link(mine[x], theirs[y], How.SIMILAR)
+                x, y = x + 1, y + 1
+            elif best[x, y] == best[x + 1, y]:
+                x += 1
+            else:
+                y += 1
+
+
+def _exact(code: Code, addresses: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Index of the function that starts at each address, or -1."""
+    index = code.function_at(addresses)
+    return np.where((index >= 0) & (code.starts[index] == addresses), index, -1)
+
+
+def _similarity(old: Code, new: Code, i: int, j: int) -> float:
+    """Share of equal pairs of neighbouring opcodes (Dice), 0 when one is three times as long as the other."""
+    a = old.decoded.opcode[old.instructions(i)].tolist()
+    b = new.decoded.opcode[new.instructions(j)].tolist()
+    if min(len(a), len(b)) * 3 < max(len(a), len(b)):
+        return 0.0
+    first, second = Counter(pairwise(a)), Counter(pairwise(b))
+    return 2 * (first & second).total() / max(1, first.total() + second.total())
+
+
+def _increasing(values: list[int]) -> list[int]:
+    """Indices of a longest increasing subsequence (patience sorting)."""
+    tails: list[int] = []
+    at: list[int] = []
+    previous = [-1] * len(values)
+    for index, value in enumerate(values):
+        k = bisect.bisect_left(tails, value)
+        if k == len(tails):
+            tails.append(value)
+            at.append(index)
+        else:
+            tails[k], at[k] = value, index
+        previous[index] = at[k - 1] if k else -1
+    chain = []
+    index = at[-1] if at else -1
+    while index >= 0:
+        chain.append(index)
+        index = previous[index]
+    return chain[::-1]
+
+
+def _signatures(code: Code) -> tuple[list[int], list[int]]:
+    """Per function: hash of its masked bytes; the same with its symbolic references."""
+    references = code.references
+    keys = _symbolic_keys(code)
+    plain, strict = [], []
+    for function in range(len(code)):
+        masked = code.masked_bytes(function)
+        plain.append(hash(masked))
+        strict.append(hash((masked, keys[references.of(function)].tobytes())))
+    return plain, strict
+
+
+def _symbolic_keys(code: Code) -> NDArray[np.int64]:
+    """Per reference: a number that says what it names where that can be said without addresses, else 0."""
+    image, references = code.image, code.references
+    targets, inverse = np.unique(references.target, return_inverse=True)
+    kinds = image.kinds(targets)
+    keys = np.zeros(len(targets), np.int64)
+    for index in np.nonzero((kinds == Kind.PLT) | (kinds == Kind.GOT))[0].tolist():
+        slot = image.slots.get(image.plt.get(int(targets[index]), int(targets[index])))
+        if slot is not None and slot.symbol:
+            keys[index] = hash((slot.symbol, slot.version))
+    for index in np.nonzero(kinds == Kind.CONSTANT)[0].tolist():
+        text = image.string_at(int(targets[index]), 512)
+        if text is not None and len(text) >= MIN_STRING and text.isascii():
+            keys[index] = hash(text)
+    by_reference = keys[inverse.ravel()]
+    address_taken = (references.opcode == LEA) | (references.kind >= FieldKind.ABSOLUTE_DISPLACEMENT)
+    text_like = (references.kind != FieldKind.MEMORY) | address_taken | (kinds[inverse.ravel()] == Kind.GOT)
+    return np.where(references.internal | ~text_like, 0, by_reference)
