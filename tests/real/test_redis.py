@@ -1,0 +1,221 @@
+"""redis-server of Debian 12, old build in production, patched to the security update and back, many times.
+
+The server is under redis-benchmark and under a client that verifies every answer, and has a replica.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fixtures.intact import altered_code, mappings, writable_and_executable
+from fixtures.load import Load, Report
+from fixtures.redis import RedisBuild, RedisServer, RespClient, redis_build, run_benchmark, run_redis
+from tests.conftest import Livegraft
+from tests.real.conftest import Pair
+
+pytestmark = [pytest.mark.apt, pytest.mark.root, pytest.mark.slow]
+
+ROUNDS = 20
+KEYS = 500
+PROGRAM = "usr/bin/redis-check-rdb"
+OLD_VERSION, NEW_VERSION = "5:7.0.15-1~deb12u7", "5:7.0.15-1~deb12u10"
+
+FIXED = {
+    "_sdsnewlen",
+    "zipmapValidateIntegrity",
+    "rdbLoadObject",
+    "clusterProcessPacket",
+    "readSyncBulkPayload",
+    "tlsProcessPendingData",
+}
+"""What Debian's patches touch and redis exports. Two parts of them, rdbLoadObject.cold and
+readSyncBulkPayload.part.0, have no name in the stripped build; the patch holds them as functions."""
+PARTS = 2
+
+
+@pytest.fixture(scope="module")
+def builds(
+    package_pair: Callable[[str], Pair], cache_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RedisBuild, RedisBuild]:
+    old, new = package_pair("redis-tools")
+    if (old.version, new.version) != (OLD_VERSION, NEW_VERSION):
+        pytest.skip(f"the archive serves another pair by now: {old.version}, {new.version}")
+    folder = tmp_path_factory.mktemp("redis")
+    packages = cache_folder / "packages"
+    return redis_build(old, folder / "old", packages), redis_build(new, folder / "new", packages)
+
+
+@pytest.fixture(scope="module")
+def patch(
+    builds: tuple[RedisBuild, RedisBuild], livegraft: Livegraft, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    old, new = (build.package.file(PROGRAM) for build in builds)
+    patch = tmp_path_factory.mktemp("patch") / "redis.patch"
+    livegraft("diff", old, new, "-o", patch)
+    return patch
+
+
+@dataclass(frozen=True)
+class Site:
+    """Everything that runs during the rounds."""
+
+    master: RedisServer
+    replica: RedisServer
+    ask: RespClient
+    ask_replica: RespClient
+    load: Load
+    benchmark: subprocess.Popen[bytes]
+
+
+@pytest.fixture
+def site(builds: tuple[RedisBuild, RedisBuild], tmp_path: Path) -> Iterator[Site]:
+    old, _ = builds
+    with contextlib.ExitStack() as stack:
+        master = stack.enter_context(run_redis(old, tmp_path / "master"))
+        of = ("--replicaof", f"127.0.0.1 {master.port}")
+        replica = stack.enter_context(run_redis(old, tmp_path / "replica", *of))
+        ask = stack.enter_context(RespClient(master.port))
+        ask_replica = stack.enter_context(RespClient(replica.port))
+        wait_for_replica(ask)
+        load = stack.enter_context(Load(master.port, "resp", connections=8))
+        benchmark = stack.enter_context(run_benchmark(old, master.port))
+        yield Site(master, replica, ask, ask_replica, load, benchmark)
+
+
+def wait_for_replica(ask: RespClient) -> None:
+    """Until the replica has acknowledged all writes of this connection (WAIT blocks, at most a minute)."""
+    ask.ask("SET", "sync", "wanted")
+    assert ask.ask("WAIT", 1, 60000) == 1, "the replica did not catch up within a minute"
+
+
+def fill(ask: RespClient) -> dict[str, bytes]:
+    values = {f"kept:{number}": b"value %d\0" % number * (number % 50 + 1) for number in range(KEYS)}
+    for key, value in values.items():
+        assert ask.ask("SET", key, value) == b"OK"
+    return values
+
+
+def check_service(site: Site, kept: dict[str, bytes], number: int) -> None:
+    """Keys, snapshot, reload from the snapshot, replication, clients: all as without a patch."""
+    assert site.ask.ask("MGET", *kept) == list(kept.values())
+    assert site.ask.ask("SAVE") == b"OK"
+    assert site.ask.ask("SET", f"round:{number}", number) == b"OK"
+    wait_for_replica(site.ask)
+    assert site.ask_replica.ask("GET", f"round:{number}") == str(number).encode()
+    assert site.ask_replica.info("replication")["master_link_status"] == "up"
+    assert site.benchmark.poll() is None
+    assert site.master.process.poll() is None
+
+
+def exported(build: RedisBuild) -> dict[str, int]:
+    """Virtual addresses of the functions that redis exports."""
+    command = ["readelf", "--dyn-syms", "-W", str(build.package.file(PROGRAM))]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rows = [line.split() for line in listing.splitlines()]
+    return {row[7]: int(row[1], 16) for row in rows if len(row) == 8 and row[3] == "FUNC" and row[6] != "UND"}
+
+
+def image_base(server: RedisServer, build: RedisBuild) -> int:
+    program = str(build.package.file(PROGRAM).resolve())
+    return min(one.start for one in mappings(server.pid) if one.path == program)
+
+
+def redirected(livegraft: Livegraft, server: RedisServer, build: RedisBuild) -> set[str]:
+    """Exported functions whose entry in memory is a jump (opcode e9) and differs from the file."""
+    base = image_base(server, build)
+    content = build.package.file(PROGRAM).read_bytes()
+    names = set()
+    with open(f"/proc/{server.pid}/mem", "rb", buffering=0) as memory:
+        for name, address in exported(build).items():
+            memory.seek(base + address)
+            entry = memory.read(5)
+            # In redis the text segment's offset in the file equals its virtual address.
+            if entry != content[address : address + 5] and entry[0] == 0xE9:
+                names.add(name)
+    return names
+
+
+def applied(status: dict[str, Any]) -> list[dict[str, Any]]:
+    return [patch for patch in status["patches"] if patch["state"] == "applied"]
+
+
+@pytest.mark.usefixtures("builds")
+def test_the_patch_holds_what_the_security_update_fixes(
+    patch: Path, builds: tuple[RedisBuild, RedisBuild], livegraft: Livegraft
+) -> None:
+    functions = livegraft("inspect", patch, "--json").json["functions"]
+    old_names = {address: name for name, address in exported(builds[0]).items()}
+    entries = {old_names.get(one["old_start"]) for one in functions if one["entry_jump"]}
+    assert entries >= FIXED
+    assert len(functions) >= len(FIXED) + PARTS
+    assert len(functions) < 60, "a security update of six functions"
+
+
+def test_twenty_rounds_under_load_with_a_replica(
+    patch: Path, builds: tuple[RedisBuild, RedisBuild], livegraft: Livegraft, site: Site
+) -> None:
+    kept = fill(site.ask)
+    pauses: list[int] = []
+    longest: list[int] = []
+    pid = site.master.pid
+    assert altered_code(pid) == []
+    for number in range(ROUNDS):
+        site.load.more(500)
+        before = site.load.mark()
+        outcome = livegraft("apply", patch, "--pid", pid, "--json", "--timeout", 60).json
+        after = site.load.mark()
+        pauses.append(outcome["pause_us"])
+        longest.append(after.longest_us)
+        assert (before.failed, after.failed, after.reconnects) == (0, 0, 0), after
+        assert redirected(livegraft, site.master, builds[0]) >= FIXED
+        assert len(applied(livegraft("status", "--pid", pid, "--json").json)) == 1
+        check_service(site, kept, number)
+        livegraft("revert", "--pid", pid, "--json")
+        assert applied(livegraft("status", "--pid", pid, "--json").json) == []
+        assert altered_code(pid) == []
+        assert writable_and_executable(pid) == []
+        check_service(site, kept, number)
+    report = site.load.stop()
+    show(pauses, longest, report)
+    assert (report.failed, report.reconnects, report.failures) == (0, 0, ())
+    assert report.connections == 8
+
+
+def test_a_patched_replica_resynchronises_through_the_new_code(
+    patch: Path, builds: tuple[RedisBuild, RedisBuild], livegraft: Livegraft, site: Site
+) -> None:
+    """readSyncBulkPayload and rdbLoadObject of the new build load what the old master sends."""
+    kept = fill(site.ask)
+    pid = site.replica.pid
+    livegraft("apply", patch, "--pid", pid, "--timeout", 60)
+    assert redirected(livegraft, site.replica, builds[0]) >= FIXED
+    full_syncs = int(site.ask.info("stats")["sync_full"])
+    # A detour to being a master, and another replication id: what it has is worth nothing, all is sent again.
+    assert site.ask_replica.ask("REPLICAOF", "NO", "ONE") == b"OK"
+    assert site.ask_replica.ask("FLUSHALL") == b"OK"
+    assert site.ask_replica.ask("DEBUG", "CHANGE-REPL-ID") == b"OK"
+    assert site.ask.ask("DEBUG", "CHANGE-REPL-ID") == b"OK"
+    assert site.ask_replica.ask("REPLICAOF", "127.0.0.1", site.master.port) == b"OK"
+    wait_for_replica(site.ask)
+    assert int(site.ask.info("stats")["sync_full"]) > full_syncs
+    assert site.ask_replica.ask("MGET", *kept) == list(kept.values())
+    livegraft("revert", "--pid", pid)
+    assert altered_code(pid) == []
+    wait_for_replica(site.ask)
+    assert site.load.stop().failed == 0
+
+
+def show(pauses: list[int], longest: list[int], report: Report) -> None:
+    """For the reader of the log; nothing is asserted about time."""
+    middle = sorted(pauses)[len(pauses) // 2]
+    print(f"\nredis: {ROUNDS} rounds, {report.served} requests verified, {report.failed} failed")
+    print(f"pause by the tool: median {middle} us, longest {max(pauses)} us")
+    middle = sorted(longest)[len(longest) // 2]
+    print(f"longest request around an apply: median {middle} us, longest {max(longest)} us")
