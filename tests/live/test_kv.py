@@ -61,7 +61,7 @@ def test_a_reader_that_lags_loses_nothing(kv: Kv) -> None:
 
 
 @pytest.mark.parametrize(
-    "request_line", ["", "NO", "GET", "SET key", "PING x", "GET " + "k" * 65, "WAIT x", "SET k " + "v" * 1025]
+    "request_line", ["", "NO", "GET", "SET key", "PING x", "GET " + "k" * 65, "HOLD x", "SET k " + "v" * 1025]
 )
 def test_malformed_requests_are_refused_and_the_connection_lives(kv: Kv, request_line: str) -> None:
     with run_kv(kv(1)) as daemon, KvClient(daemon.port) as client:
