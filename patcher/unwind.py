@@ -9,14 +9,13 @@ nothing may be concluded from the frames that it did not reach.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from enum import Enum
 
 from elfdiff.cfi import CallFrames, Rule, RuleKind, UnwindRow
 from elfdiff.cursor import ReadBytes
 from elfdiff.dwarfexpression import evaluate
-from elfdiff.ehframe import read_fde_table
 from elfdiff.errors import BadInput, LivegraftError
 
 from .frames_x86_64 import (
@@ -27,13 +26,10 @@ from .frames_x86_64 import (
     GeneralRegisters,
     dwarf_registers,
 )
-from .memory import Memory
-from .modules import PT_GNU_EH_FRAME, PT_LOAD, Module, modules
-from .proc import Mapping
+from .unwindtables import UnwindTable
 
 MAX_FRAMES = 1024
 """Frames after which a walk is given up."""
-_PF_X = 1
 _MASK = (1 << 64) - 1
 
 
@@ -79,19 +75,6 @@ class Stack:
         return self.end is not StackEnd.UNKNOWN
 
 
-@dataclass(frozen=True, slots=True)
-class UnwindTable:
-    """Where the code of one image is, [low, high), and its ``.eh_frame_hdr``, all absolute addresses.
-
-    Both are read from memory, where everything has its final address; so no load bias is needed.
-    """
-
-    name: str
-    low: int
-    high: int
-    eh_frame_hdr: int
-
-
 class _Incomplete(Exception):
     """The walk cannot go on; never leaves this module."""
 
@@ -104,7 +87,7 @@ class Unwinder:
         self._tables = sorted(tables, key=lambda table: table.low)
         self._lows = [table.low for table in self._tables]
         self._read = read
-        self._frames: dict[int, CallFrames | str] = {}
+        self._frames: dict[UnwindTable, CallFrames | str] = {}
 
     def prepare(self) -> None:
         """Read the search table of every image now rather than when it is first met.
@@ -172,13 +155,13 @@ class Unwinder:
 
     def _load(self, table: UnwindTable) -> CallFrames | str:
         """The frames of an image, or why there are none."""
-        frames = self._frames.get(table.eh_frame_hdr)
+        frames = self._frames.get(table)
         if frames is None:
             try:
-                frames = CallFrames(read_fde_table(table.eh_frame_hdr, self._read), self._read)
+                frames = CallFrames(table.read_fdes(self._read), self._read)
             except BadInput as error:
                 frames = f"{error}: {error.why}"
-            self._frames[table.eh_frame_hdr] = frames
+            self._frames[table] = frames
         return frames
 
 
@@ -234,31 +217,3 @@ def _require_progress(frames: list[Frame], frame: Frame) -> None:
     # A signal may have switched stacks, so only frames between which there was a call are comparable.
     if frames and frame.after_call and not frame.is_signal_frame and frame.cfa <= frames[-1].cfa:
         raise _Incomplete(f"the stack does not go up at {frame.pc:#x}: {frame.cfa:#x}")
-
-
-# --- the images of a process ------------------------------------------------------------------------------
-
-
-def unwind_tables(maps: Sequence[Mapping], memory: Memory) -> tuple[UnwindTable, ...]:
-    """The unwind tables of all ELF images mapped in a process, the vDSO among them.
-
-    An image without PT_GNU_EH_FRAME has none. Raises ``LivegraftError`` where the process goes away.
-    """
-    images = [*modules(maps, memory), *_vdso(maps, memory)]
-    return tuple(table for image in images for table in _tables_of(image))
-
-
-def _vdso(maps: Sequence[Mapping], memory: Memory) -> tuple[Module, ...]:
-    """The vDSO; an image like any other, but for the file that it does not have."""
-    named = [replace(mapping, inode=-1) for mapping in maps if mapping.path == "[vdso]"]
-    return modules(named, memory)
-
-
-def _tables_of(image: Module) -> Iterable[UnwindTable]:
-    header = image.header(PT_GNU_EH_FRAME)
-    if header is None:
-        return
-    for segment in image.headers:
-        if segment.type == PT_LOAD and segment.flags & _PF_X:
-            low = image.bias + segment.vaddr
-            yield UnwindTable(image.name, low, low + segment.memsz, image.bias + header.vaddr)
