@@ -70,6 +70,11 @@ class Memory:
             os.close(self._descriptor)
         self._descriptor = -1
 
+    def fileno(self) -> int:
+        """Return the descriptor of ``/proc/PID/mem``; it belongs to this object."""
+        self._require_open()
+        return self._descriptor
+
     def read(self, address: int, size: int) -> bytes:
         """Return exactly ``size`` bytes from ``address``.
 

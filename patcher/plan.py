@@ -193,10 +193,27 @@ def _require_apart(journal: Sequence[JournalEntry]) -> None:
             )
 
 
-def plan_apply(own: Record, contents: Contents, slot: int, now: Situation, read: ReadBytes) -> Plan:
+def removed_ranges(binding: Binding) -> tuple[ForbiddenRange, ...]:
+    """Return the old functions that the new build no longer has: nobody may be in them any more."""
+    return tuple(
+        ForbiddenRange(item.start + binding.old_bias, item.start + binding.old_bias + item.size, item.name)
+        for item in binding.patch.removed
+        if item.size
+    )
+
+
+def plan_apply(
+    own: Record,
+    contents: Contents,
+    slot: int,
+    now: Situation,
+    read: ReadBytes,
+    removed: Sequence[ForbiddenRange] = (),
+) -> Plan:
     """Return the plan that puts the patch of the record ``own`` in force with new ``contents`` in ``slot``.
 
-    Raises Refused where an entry holds bytes that neither the file nor a record accounts for.
+    ``removed`` are further ranges that must be idle. Raises Refused where an entry holds bytes that neither
+    the file nor a record accounts for.
     """
     others = [item for item in now.active if item.address != own.address]
     wanted = {entry.address: entry.after for entry in contents.journal}
@@ -207,7 +224,7 @@ def plan_apply(own: Record, contents: Contents, slot: int, now: Situation, read:
         first=(_change(own, State.APPLYING, slot),),
         pages=page_writes(wanted, known, read),
         last=(_change(own, State.APPLIED, slot, State.APPLYING), *dict.fromkeys(put_aside)),
-        forbidden=disjoint((*_old_ranges(contents), *in_force)),
+        forbidden=disjoint((*_old_ranges(contents), *removed, *in_force)),
     )
 
 

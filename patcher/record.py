@@ -84,6 +84,11 @@ class RecordedSegment:
     flags: int
     digest: str
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """Address and size, as reading and unmapping take them."""
+        return self.start, self.size
+
 
 @dataclass(frozen=True, slots=True)
 class RecordedFunction:
@@ -158,6 +163,16 @@ class DamagedRecord:
 def memfd_name(patch_id: str) -> str:
     """Return the name of the memory file that holds a patch: what ``/proc/PID/maps`` shows."""
     return MEMFD_PREFIX + patch_id[:12]
+
+
+def segment_digest(data: bytes) -> str:
+    """Return BLAKE2b-128 of the first bytes of a mapping, lower-case hex."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def permissions(flags: int) -> str:
+    """Return how ``/proc/PID/maps`` shows a private mapping with PF_* flags (X=1, W=2, R=4)."""
+    return "".join(letter if flags & bit else "-" for letter, bit in (("r", 4), ("w", 2), ("x", 1))) + "p"
 
 
 def state_word(state: State, slot: int) -> bytes:

@@ -1,0 +1,156 @@
+"""Putting a bound patch into a process, and taking it out again, by system calls that the process makes
+itself.
+
+Code goes into a memory file: written through the process's own descriptor, sealed, then mapped with the
+protection of each segment, so that no page is ever writable and executable (MemoryDenyWriteExecute,
+systemd.exec(5)) and no file system of the target is needed. Where memory files cannot be made or executed
+(``vm.memfd_noexec``, a full descriptor table), anonymous mappings are made with their final protection and
+filled from outside.
+
+The record is mapped first. If this process dies in between, what was mapped can be told by it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from elfdiff.errors import LivegraftError
+
+from .binding import PF_R, PF_W, PF_X, BoundSegment
+from .memory import Memory
+from .record import memfd_name
+from .remote import RemoteCaller, RemoteCallError
+
+_PROTECTIONS = {PF_R: 1, PF_W: 2, PF_X: 4}  # PROT_*, mman.h
+_RECORD_FLAGS = PF_R | PF_W
+_MAP_PRIVATE, _MAP_ANONYMOUS, _MAP_FIXED_NOREPLACE = 0x02, 0x20, 0x100000  # mman.h
+_MFD_CLOEXEC, _MFD_ALLOW_SEALING, _MFD_EXEC = 0x1, 0x2, 0x10  # linux/memfd.h
+_SEALS = 0x1 | 0x2 | 0x4 | 0x8  # F_SEAL_SEAL, SHRINK, GROW, WRITE, linux/fcntl.h
+_F_ADD_SEALS = 1033
+_NO_MEMORY_FILE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOSYS, errno.EPERM, errno.EACCES})
+_NOT_EXECUTABLE = frozenset({errno.EPERM, errno.EACCES})
+
+
+class PlaceTaken(LivegraftError):
+    """The program has mapped something there since the place was chosen; nothing of ours is left there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """What is to be mapped: the record at its absolute address, and the segments of the patch at theirs."""
+
+    patch_id: str
+    record: int
+    record_bytes: bytes
+    segments: tuple[BoundSegment, ...]
+
+    @property
+    def parts(self) -> tuple[BoundSegment, ...]:
+        """All mappings, the record first."""
+        return (BoundSegment(self.record, _RECORD_FLAGS, self.record_bytes), *self.segments)
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """(start, size) of every mapping, the record last, as ``unmap`` takes them."""
+        return tuple((part.start, len(part.data)) for part in reversed(self.parts))
+
+
+def make_memory_file(caller: RemoteCaller, patch_id: str) -> int | None:
+    """Make an empty memory file in the target; return its descriptor there.
+
+    None where the target cannot have one (no descriptor free, forbidden, kernel before 3.17): anonymous
+    mappings are the way then. Raises LivegraftError for anything else.
+    """
+    name = memfd_name(patch_id)
+    flags = _MFD_CLOEXEC | _MFD_ALLOW_SEALING
+    # Kernels before 6.3 do not know MFD_EXEC and answer EINVAL.
+    for attempt in (flags | _MFD_EXEC, flags):
+        try:
+            return caller.memfd_create(name, attempt)
+        except RemoteCallError as error:
+            if error.errno in _NO_MEMORY_FILE:
+                return None
+            if error.errno != errno.EINVAL or attempt == flags:
+                raise
+    return None
+
+
+def fill_memory_file(pid: int, descriptor: int, image: Image) -> None:
+    """Write all parts of ``image`` to the memory file that is ``descriptor`` in process ``pid``, and seal it.
+
+    The target takes no part in this. Raises LivegraftError.
+    """
+    try:
+        descriptor = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            for part in image.parts:
+                _write_all(descriptor, part.data)
+            fcntl.fcntl(descriptor, _F_ADD_SEALS, _SEALS)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise LivegraftError("the patch could not be written to a memory file", why=str(error)) from error
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def map_image(caller: RemoteCaller, memory: Memory, image: Image, descriptor: int | None) -> None:
+    """Map all parts at their addresses, from the memory file or, with None, as anonymous memory.
+
+    All or nothing: on any error what was mapped is unmapped again. Raises PlaceTaken where something is there
+    already, RemoteCallError.
+    """
+    mapped: list[tuple[int, int]] = []
+    offset = 0
+    try:
+        for part in image.parts:
+            _map_part(caller, part, descriptor, offset)
+            mapped.append((part.start, len(part.data)))
+            offset += len(part.data)
+            if descriptor is None:
+                _fill_anonymous(memory, part)
+    except BaseException:
+        unmap(caller, tuple(reversed(mapped)))
+        raise
+
+
+def _map_part(caller: RemoteCaller, part: BoundSegment, descriptor: int | None, offset: int) -> None:
+    flags = _MAP_PRIVATE | _MAP_FIXED_NOREPLACE | (_MAP_ANONYMOUS if descriptor is None else 0)
+    protection = sum(value for bit, value in _PROTECTIONS.items() if part.flags & bit)
+    size = len(part.data)
+    where = 0 if descriptor is None else offset
+    try:
+        got = caller.mmap(part.start, size, protection, flags, -1 if descriptor is None else descriptor, where)
+    except RemoteCallError as error:
+        if error.errno == errno.EEXIST:
+            raise PlaceTaken(f"something is mapped at {part.start:#x} already") from error
+        raise
+    if got != part.start:
+        # Kernels before 4.17 take the address as a hint.
+        caller.munmap(got, size)
+        raise PlaceTaken(f"the kernel did not map at {part.start:#x} but at {got:#x}")
+
+
+def _fill_anonymous(memory: Memory, part: BoundSegment) -> None:
+    # The first word last: without its magic a record that is half written is none.
+    memory.write(part.start + 8, part.data[8:])
+    memory.write(part.start, part.data[:8])
+
+
+def may_not_be_executed(error: RemoteCallError) -> bool:
+    """Whether mapping failed because this memory file may not be executed (``vm.memfd_noexec``, a policy)."""
+    return error.errno in _NOT_EXECUTABLE
+
+
+def unmap(caller: RemoteCaller, spans: Sequence[tuple[int, int]]) -> None:
+    """Unmap (start, size) ranges of ours, in order; the record's should be the last."""
+    for start, size in spans:
+        caller.munmap(start, size)

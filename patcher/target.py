@@ -1,0 +1,110 @@
+"""The process of a command: held exclusively while it is changed, and what was seen in it.
+
+Two livegrafts that change one process at the same time would compute from the same state and both write.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from elfdiff.errors import NotPermitted, TargetDamaged
+
+from .exclusive import exclusive
+from .memory import Memory
+from .modules import Module, modules
+from .proc import Mapping, mappings, status
+from .record import MEMFD_PREFIX, DamagedRecord, Record, find_records, permissions, segment_digest
+from .tracees import require_traceable
+
+# Not the file that a single remote call locks: this lock is held around many of them.
+_LOCK = "auxv"
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What was seen in a process at one moment, all by rising address."""
+
+    pid: int
+    name: str
+    maps: tuple[Mapping, ...]
+    modules: tuple[Module, ...]
+    records: tuple[Record, ...]
+    damaged: tuple[DamagedRecord, ...]
+
+
+def take_snapshot(pid: int, memory: Memory) -> Snapshot:
+    """Look at a process. Raises BadInput (it is gone), LivegraftError (its memory cannot be read)."""
+    maps = mappings(pid)
+    records, damaged = find_records(maps, memory)
+    return Snapshot(pid, status(pid).name, maps, modules(maps, memory), records, damaged)
+
+
+@contextmanager
+def open_target(pid: int) -> Iterator[Memory]:
+    """Open the memory of a process that is to be changed, and keep other livegrafts away from it.
+
+    Raises BadInput (no such process, a zombie, a kernel thread, this process), NotPermitted (not ours to
+    trace, traced already), Busy (another livegraft is at work on it).
+    """
+    found = require_traceable(pid)
+    if found.tracer_pid:
+        raise _traced(pid, found.name, found.tracer_pid)
+    with exclusive(pid, _LOCK), Memory(pid) as memory:
+        yield memory
+
+
+def _traced(pid: int, name: str, tracer: int) -> NotPermitted:
+    tracer_name = status(tracer).name
+    return NotPermitted(
+        f"process {pid} ({name}) is traced already",
+        why=f"process {tracer} ({tracer_name}) traces it, and the kernel allows one tracer only",
+        next_step=f"detach {tracer_name} from process {pid}, or end it, and try again",
+    )
+
+
+def require_intact(seen: Snapshot) -> None:
+    """Raise TargetDamaged where a record is damaged: then nobody knows which functions are redirected."""
+    if seen.damaged:
+        raise TargetDamaged(
+            f"process {seen.pid} carries a record that cannot be read",
+            why="; ".join(f"at {item.address:#x}: {item.why}" for item in seen.damaged),
+            next_step="restart the program; until then livegraft does not touch it",
+        )
+
+
+def leaked_descriptors(pid: int) -> tuple[int, ...]:
+    """Return the descriptors of the process that a patcher which was killed has left open, ascending."""
+    folder = f"/proc/{pid}/fd"
+    found = []
+    for name in os.listdir(folder):  # noqa: PTH208
+        try:
+            path = os.readlink(f"{folder}/{name}")  # noqa: PTH115
+        except FileNotFoundError:
+            continue  # closed between the two looks
+        if path.startswith("/memfd:" + MEMFD_PREFIX):
+            found.append(int(name))
+    return tuple(sorted(found))
+
+
+def own_mappings(record: Record, maps: Sequence[Mapping], memory: Memory) -> tuple[tuple[int, int], ...]:
+    """Return (start, size) of what is certainly left of a prepared record's mappings, its own one last.
+
+    The patcher may have died before it had made them all, and the program may have mapped something of its
+    own there since. Mappings of a memory file are ours if it is the file of the record; anonymous ones if
+    place, size, protection and contents are those that the record says.
+    """
+    at = {mapping.start: mapping for mapping in maps}
+    home = at[record.address]
+    found = []
+    for segment in record.contents.segments:
+        mapping = at.get(segment.start)
+        if mapping is None or mapping.size != segment.size or mapping.perms != permissions(segment.flags):
+            continue
+        if (mapping.device, mapping.inode, mapping.path) != (home.device, home.inode, home.path):
+            continue
+        if record.contents.sealed or segment_digest(memory.read(*segment.span)) == segment.digest:
+            found.append(segment.span)
+    return (*found, (record.address, record.size))
