@@ -7,12 +7,12 @@ changed, the instructions that survived are aligned first (``aligned``).
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from elfdiff.code import Code
-from elfdiff.image import Addresses
 
 Indices = NDArray[np.int64]
 
@@ -40,19 +40,26 @@ def paired(old: Code, new: Code, pairs: NDArray[np.int64]) -> tuple[Indices, Ind
 
 def aligned(old: Code, new: Code, i: int, j: int) -> tuple[Indices, Indices]:
     """Reference indices side by side for a function that changed, where instructions around them agree."""
-    where_old, tokens_old = _tokens(old, i)
-    where_new, tokens_new = _tokens(new, j)
     left: list[int] = []
     right: list[int] = []
     by_old, by_new = _by_instruction(old, i), _by_instruction(new, j)
-    for a, b, size in _blocks(tokens_old, tokens_new):
-        for step in range(size):
-            first = by_old.get(int(where_old[a + step]), [])
-            second = by_new.get(int(where_new[b + step]), [])
-            if len(first) == len(second):
-                left += first
-                right += second
+    for a, b in surviving_instructions(old, new, i, j):
+        first, second = by_old.get(a + old.base, []), by_new.get(b + new.base, [])
+        if len(first) == len(second):
+            left += first
+            right += second
     return np.array(left, np.int64), np.array(right, np.int64)
+
+
+def surviving_instructions(old: Code, new: Code, i: int, j: int, *, shape: bool = False) -> Iterator[tuple[int, int]]:
+    """Instructions of a changed function that correspond, as offsets into the code of each build.
+
+    ``shape``: opcode and ModRM byte must agree, displacements need not.
+    """
+    at_old, tokens_old = _tokens(old, i, shape)
+    at_new, tokens_new = _tokens(new, j, shape)
+    for a, b, size in _blocks(tokens_old, tokens_new):
+        yield from zip(at_old[a : a + size].tolist(), at_new[b : b + size].tolist(), strict=True)
 
 
 def _blocks(first: list[bytes], second: list[bytes]) -> list[tuple[int, int, int]]:
@@ -65,20 +72,23 @@ def _blocks(first: list[bytes], second: list[bytes]) -> list[tuple[int, int, int
     return [(block.a, block.b, block.size) for block in matcher.get_matching_blocks() if block.size >= MIN_RUN]
 
 
-def _tokens(code: Code, function: int) -> tuple[Addresses, list[bytes]]:
-    """Per instruction: its address, and its opcode (2 bytes) with its bytes, references and immediates masked."""
+def _tokens(code: Code, function: int, shape: bool) -> tuple[Indices, list[bytes]]:
+    """Per instruction: its offset, and its opcode (2 bytes) with its bytes, references and immediates masked."""
     at = code.instructions(function)
     lengths, opcodes = code.decoded.length[at], code.decoded.opcode[at]
     imm, size = code.decoded.imm_field[at], code.decoded.imm_size[at]
     stop = np.where(size > 0, imm, lengths)
     stop = np.where(code.decoded.ref_kind[at] > 1, 0, stop)  # a branch: wherever it leads
+    if shape:
+        modrm = code.decoded.modrm[at]
+        return at, [bytes((op & 0xFF, op >> 8, m)) for op, m in zip(opcodes.tolist(), modrm.tolist(), strict=True)]
     low = int(code.starts[function]) - code.base
     raw = code.masked_bytes(function)
     tokens = [
         int(op).to_bytes(2, "little") + raw[a - low : a - low + n]
         for a, n, op in zip(at.tolist(), stop.tolist(), opcodes.tolist(), strict=True)
     ]
-    return at + code.base, tokens
+    return at, tokens
 
 
 def _by_instruction(code: Code, function: int) -> dict[int, list[int]]:

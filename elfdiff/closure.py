@@ -1,0 +1,54 @@
+"""What must move together: functions that jump into each other's middle.
+
+A compiler splits a function in hot and cold parts that branch into one another, also through switch tables. Half
+a function in the old build and half in the new one is neither; so whatever shares such an edge with a patched
+function, in either build, is patched with it. Parts need not be told from functions for this.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elfdiff.code import TRANSFERS, Code, FieldKind
+from elfdiff.comparison import Comparison
+from elfdiff.jumptables_x86_64 import JumpTable
+
+
+def closure(comparison: Comparison, seeds: NDArray[np.int64]) -> NDArray[np.int64]:
+    """New functions that must be in a patch of ``seeds``, sorted; the seeds included."""
+    neighbours: dict[int, set[int]] = {}
+    for a, b in _edges(comparison.new, comparison.tables[1]):
+        neighbours.setdefault(a, set()).add(b)
+        neighbours.setdefault(b, set()).add(a)
+    new_of = comparison.matching.new_of
+    for i, k in _edges(comparison.old, comparison.tables[0]):
+        a, b = int(new_of[i]), int(new_of[k])
+        if a >= 0 and b >= 0:
+            neighbours.setdefault(a, set()).add(b)
+            neighbours.setdefault(b, set()).add(a)
+    found = set(seeds.tolist())
+    todo = list(found)
+    while todo:
+        for other in neighbours.get(todo.pop(), ()):
+            if other not in found:
+                found.add(other)
+                todo.append(other)
+    return np.array(sorted(found), np.int64)
+
+
+def _edges(code: Code, tables: dict[int, JumpTable]) -> set[tuple[int, int]]:
+    """Pairs of functions one of which branches into the middle of the other."""
+    references = code.references
+    transfer = np.isin(references.kind, TRANSFERS) | (references.kind == FieldKind.MEMORY)
+    rows = np.nonzero(transfer & ~references.internal)[0]
+    other = code.function_at(references.target[rows])
+    inside = (other >= 0) & (code.starts[np.clip(other, 0, None)] != references.target[rows])
+    # A short branch cannot be made to reach the old image, so even its target's entry must come along.
+    inside |= (other >= 0) & (references.kind[rows] == FieldKind.SHORT)
+    edges = set(zip(references.function[rows[inside]].tolist(), other[inside].tolist(), strict=True))
+    for table in tables.values():
+        for function in np.unique(code.function_at(table.targets)).tolist():
+            if function not in (-1, table.function):
+                edges.add((table.function, function))
+    return edges

@@ -1,0 +1,104 @@
+"""The whole way from two files to a patch object, or to the reason why there is none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from elfdiff.closure import closure
+from elfdiff.code import Code, load_code
+from elfdiff.comparison import Comparison, changed_functions, compare
+from elfdiff.errors import BadInput, NothingToPatch, Refused
+from elfdiff.findings import find
+from elfdiff.image import load_image
+from elfdiff.patchbuild import build, draft
+from elfdiff.patchobject import PatchObject, Severity
+
+MIN_MATCHED = 0.4
+"""Share of the smaller build's code that must be matched; below it these are two different programs."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """``lines``: include functions that differ in line numbers only; ``allow``: finding codes that only warn."""
+
+    lines: bool = False
+    allow: frozenset[str] = frozenset()
+
+
+def diff(old_path: Path, new_path: Path, options: Options) -> PatchObject:
+    """Make a patch object from two builds; its id is set when it is written.
+
+    Raises BadInput (no ELF files, two different programs), NothingToPatch, or Refused with the findings as details.
+    """
+    old_image, new_image = load_image(old_path), load_image(new_path)
+    if old_image.build_id == new_image.build_id:
+        raise NothingToPatch(
+            f"{old_path} and {new_path} are the same build",
+            why=f"both have build-id {old_image.build_id}",
+            next_step="name the new build second",
+        )
+    if old_image.fixed_address != new_image.fixed_address:
+        raise Refused(
+            "one build is position-independent, the other is linked at a fixed address",
+            why=f"{new_path} is {'ET_EXEC' if new_image.fixed_address else 'ET_DYN'}",
+            next_step="build both the same way",
+        )
+    old, new = load_code(old_image), load_code(new_image)
+    comparison = compare(old, new)
+    _same_program(comparison, old, new)
+    seeds = changed_functions(comparison, lines=options.lines)
+    if not len(seeds) and not comparison.differing_data:
+        raise NothingToPatch(
+            "no difference that matters",
+            why=f"{len(old)} functions are the same; {len(comparison.line_only)} differ in line numbers only",
+            next_step="--lines would include those" if comparison.line_only else "",
+        )
+    members = closure(comparison, seeds)
+    result = draft(comparison, members, comparison.changed)
+    findings = find(result, options.allow)
+    refusals = [f for f in findings if f.severity is Severity.REFUSE]
+    if refusals:
+        details = tuple(f"{f.code}: {f.what}; {f.why}. Where: {', '.join(f.where)}. {f.lift}" for f in refusals)
+        raise Refused(
+            f"{old_path.name} -> {new_path.name}: not safe to patch ({len(refusals)} finding(s))",
+            why="; ".join(f"{f.code}: {f.what}" for f in refusals),
+            next_step=refusals[0].lift,
+            details=details,
+        )
+    if not result.functions:
+        raise NothingToPatch("no function differs", why="what differs was lifted by --allow")
+    return build(result, findings)
+
+
+def _same_program(comparison: Comparison, old: Code, new: Code) -> None:
+    sizes = old.ends - old.starts
+    matched = int(sizes[comparison.matching.new_of >= 0].sum())
+    smaller = min(int(sizes.sum()), int((new.ends - new.starts).sum()))
+    if matched < MIN_MATCHED * smaller:
+        share = 100 * matched // max(1, smaller)
+        raise BadInput(
+            f"{old.image.path} and {new.image.path} are two different programs",
+            why=f"only {share} % of the code of the smaller one is found in the other",
+            next_step="name two builds of the same program",
+        )
+
+
+def summary(patch: PatchObject) -> dict[str, int]:
+    """Counts for people and machines: functions by reason, references by what they lead to."""
+    counts: dict[str, int] = {f"functions_{r}": 0 for r in ("code", "constant", "callee", "closure", "lines", "new")}
+    for function in patch.functions:
+        counts[f"functions_{function.reason}"] += 1
+    symbols, numbers = np.unique(patch.relocations["symbol"], return_counts=True)
+    by_symbol = dict(zip(symbols.tolist(), numbers.tolist(), strict=True))
+    counts["functions"] = len(patch.functions)
+    counts["entry_jumps"] = sum(f.entry_jump for f in patch.functions)
+    counts["line_only"] = len(patch.line_only)
+    counts["references"] = len(patch.relocations)
+    counts["references_old_image"] = by_symbol.get(0, 0)
+    counts["references_patch"] = by_symbol.get(1, 0)
+    counts["references_imports"] = sum(n for s, n in by_symbol.items() if s > 1)
+    counts["bytes"] = sum(s.size for s in patch.segments)
+    return counts

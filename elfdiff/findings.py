@@ -1,0 +1,314 @@
+"""Reasons to refuse or to warn: one function a hazard (D6).
+
+To add a hazard, write a function that yields findings from a draft and add it to ``RULES``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from elfdiff.image import Image
+from elfdiff.layout_x86_64 import field_shifts
+from elfdiff.patchbuild import Draft
+from elfdiff.patchobject import Finding, PatchFunction, Reason, Severity
+
+ENTRY_JUMP_SIZE = 5
+"""Bytes of a ``jmp rel32``."""
+MIN_LAYOUT_FUNCTIONS = 2
+"""So many functions with the same shift are a changed layout; so many shifted fields in one function as well."""
+MANY = 12
+"""Places that one finding names."""
+
+Rule = Callable[[Draft], Iterator[Finding]]
+
+
+def find(draft: Draft, allowed: frozenset[str]) -> tuple[Finding, ...]:
+    """All findings on a draft; the codes in ``allowed`` warn where they would refuse."""
+    found = [finding for rule in RULES for finding in rule(draft)]
+    return tuple(
+        replace(f, severity=Severity.WARN, lift="lifted by --allow") if f.code in allowed else f for f in found
+    )
+
+
+def unbound_references(draft: Draft) -> Iterator[Finding]:
+    """A reference of the new code for which no evidence says what it names in the running program."""
+    names = draft.comparison.new.names
+    by_target: dict[int, set[str]] = defaultdict(set)
+    why: dict[int, str] = {}
+    for item in draft.resolver.unbound:
+        by_target[item.target].add(names[item.function] if item.function >= 0 else "data")
+        why[item.target] = item.why
+    if by_target:
+        places = [
+            f"{_where(draft.comparison.new.image, t)} ({why[t]}) in {', '.join(sorted(by_target[t])[:3])}"
+            for t in sorted(by_target)
+        ]
+        yield Finding(
+            "unpinned-address",
+            Severity.REFUSE,
+            f"{len(by_target)} address(es) of the new build cannot be found in the old one",
+            tuple(places[:MANY]),
+            "the new code would read or write something else than the running program does",
+            "builds with symbols (not stripped) say what the addresses are",
+        )
+
+
+def contradictory_pins(draft: Draft) -> Iterator[Finding]:
+    """Unchanged functions that disagree about which old variable a new one is."""
+    comparison = draft.comparison
+    used = {old for _, _, symbol, old in _old_references(draft) if symbol == 0}
+    places = []
+    for item in comparison.addresses.contradictions:
+        concerned = item.address if not item.new else item.votes[0][0]
+        if concerned in used:
+            image = comparison.new.image if item.new else comparison.old.image
+            votes = ", ".join(f"{address:#x} ({count})" for address, count in item.votes[:3])
+            places.append(f"{_where(image, item.address)}: {votes}")
+    if places:
+        yield Finding(
+            "contradictory-address",
+            Severity.REFUSE,
+            f"the evidence for {len(places)} variable(s) that the new code uses contradicts itself",
+            tuple(places[:MANY]),
+            "two variables of one build seem to be one variable of the other",
+            "builds with symbols (not stripped) would decide",
+        )
+
+
+def _old_references(draft: Draft) -> Iterator[tuple[int, int, int, int]]:
+    for row, place in draft.resolver.resolved.items():
+        yield row, int(draft.comparison.new.references.function[row]), place.symbol, place.address
+
+
+def guessed_addresses(draft: Draft) -> Iterator[Finding]:
+    """Variables bound by their neighbours alone."""
+    guessed = draft.resolver.by_interval
+    if guessed:
+        yield Finding(
+            "neighbour-address",
+            Severity.WARN,
+            f"{len(guessed)} variable(s) are bound by their neighbours, which all moved alike",
+            tuple(f"{n:#x} -> {o:#x}" for n, o in sorted(guessed.items())[:MANY]),
+            "no unchanged function names them; the old build names the predicted addresses",
+            "builds with symbols (not stripped) would make it certain",
+        )
+
+
+def struct_layout(draft: Draft) -> Iterator[Finding]:
+    """Fields that moved by the same distance in several functions: the layout of a structure changed."""
+    comparison = draft.comparison
+    pairs = [
+        (int(i), int(j))
+        for i, j in comparison.matching.pairs(same=False)
+        if comparison.changed.get(int(j)) is not Reason.LINES
+    ]
+    functions: dict[int, set[int]] = defaultdict(set)
+    fields: dict[int, Counter[tuple[int, int]]] = defaultdict(Counter)
+    for shift in field_shifts(comparison.old, comparison.new, pairs):
+        functions[shift.new - shift.old].add(shift.function)
+        fields[shift.new - shift.old][shift.old, shift.new] += 1
+    for delta, where in sorted(functions.items()):
+        certain = len(where) >= MIN_LAYOUT_FUNCTIONS or len(fields[delta]) >= MIN_LAYOUT_FUNCTIONS
+        shown = ", ".join(f"{a:#x}->{b:#x}" for (a, b), _ in fields[delta].most_common(4))
+        yield Finding(
+            "struct-layout",
+            Severity.REFUSE if certain else Severity.WARN,
+            f"fields moved by {delta:+d} bytes in {len(where)} function(s): {shown}",
+            tuple(comparison.new.names[j] for j in sorted(where)[:MANY]),
+            "a structure seems to have changed its layout; objects that exist already have the old one",
+            "restart the program, or show by the sources that no structure changed and --allow struct-layout",
+        )
+
+
+def label_tables(draft: Draft) -> Iterator[Finding]:
+    """Tables of labels (computed goto) of a changed function: old labels may be stored in live data."""
+    tables = draft.resolver.label_tables
+    if tables:
+        yield Finding(
+            "label-table",
+            Severity.REFUSE,
+            f"{len(tables)} table(s) of code labels belong to changed functions",
+            tuple(_where(draft.comparison.new.image, t) for t in sorted(tables)[:MANY]),
+            "if the program stores label addresses (direct threaded code), stored ones lead into the old code",
+            "if labels are only jumped to and never stored, --allow label-table",
+        )
+
+
+def initial_values(draft: Draft) -> Iterator[Finding]:
+    """Writable variables whose initial value differs: the running one has its own value by now."""
+    differing = draft.comparison.differing_data
+    if differing:
+        yield Finding(
+            "initial-value",
+            Severity.REFUSE,
+            f"{len(differing)} writable variable(s) start with another value in the new build",
+            tuple(_where(draft.comparison.new.image, n) for _, n in differing[:MANY]),
+            "code that did not change uses them, and the running program keeps the value that it has",
+            "if the running values may stay, --allow initial-value",
+        )
+
+
+def tls_layout(draft: Draft) -> Iterator[Finding]:
+    """Thread-local storage of another size or with other initial values."""
+    old, new = draft.comparison.old.image, draft.comparison.new.image
+    if old.tls is None and new.tls is None:
+        return
+    same_shape = (
+        old.tls is not None
+        and new.tls is not None
+        and (old.tls.memsz, old.tls.filesz, old.tls.align) == (new.tls.memsz, new.tls.filesz, new.tls.align)
+    )
+    if not same_shape:
+        yield Finding(
+            "tls-layout",
+            Severity.REFUSE,
+            "the layout of thread-local storage differs",
+            (f"old: {old.tls}", f"new: {new.tls}"),
+            "the threads that run have blocks of the old layout",
+            "restart the program",
+        )
+
+
+def short_entries(draft: Draft) -> Iterator[Finding]:
+    """An old function with no room for the entry jump."""
+    old = draft.comparison.old
+    places = []
+    for function in draft.functions:
+        short = function.entry_jump and (function.old_size or 0) < ENTRY_JUMP_SIZE
+        if short and not _padded(draft, function):
+            places.append(f"{function.name} ({function.old_size} bytes at {function.old_start or 0:#x})")
+    if places:
+        yield Finding(
+            "short-function",
+            Severity.REFUSE,
+            f"{len(places)} function(s) of {old.image.name} are shorter than the entry jump",
+            tuple(places[:MANY]),
+            "the jump would overwrite the function behind",
+            "restart the program",
+        )
+
+
+def _padded(draft: Draft, function: PatchFunction) -> bool:
+    """The bytes behind a short function up to the jump's end are padding that nothing names."""
+    old = draft.comparison.old
+    assert function.old_start is not None and function.old_size is not None
+    end, need = function.old_start + function.old_size, function.old_start + ENTRY_JUMP_SIZE
+    named = old.referenced
+    first, last = np.searchsorted(named, [end, need])
+    at = end - old.base
+    offset = 0
+    while end + offset < need:
+        opcode = int(old.decoded.opcode[at + offset])
+        if opcode not in (0x90, 0xCC, 0x11F) or old.function_of(end + offset) >= 0:
+            return False
+        offset += int(old.decoded.length[at + offset])
+    return int(first) == int(last)
+
+
+def code_without_unwind(draft: Draft) -> Iterator[Finding]:
+    """Changed code whose bounds or instructions are not certain."""
+    code = draft.comparison.new
+    places = []
+    for function in draft.functions:
+        j = code.function_of(function.new_start)
+        i = draft.comparison.old.function_of(function.old_start) if function.old_start is not None else -1
+        uncertain = not (code.has_unwind[j] and code.sound[j])
+        uncertain |= i >= 0 and not (draft.comparison.old.has_unwind[i] and draft.comparison.old.sound[i])
+        if uncertain:
+            places.append(function.name)
+    if places:
+        yield Finding(
+            "no-unwind",
+            Severity.REFUSE,
+            f"{len(places)} changed stretch(es) of code have no unwind information or hold data",
+            tuple(places[:MANY]),
+            "neither their bounds nor whether a thread is in them can be told",
+            "restart the program",
+        )
+
+
+def constructors(draft: Draft) -> Iterator[Finding]:
+    """Constructors or destructors that the new build has and the running program never ran."""
+    old, new = draft.comparison.old.image, draft.comparison.new.image
+    for name in (".preinit_array", ".init_array", ".fini_array"):
+        sizes = [s.end - s.start if s else 0 for s in (old.section(name), new.section(name))]
+        if sizes[0] != sizes[1]:
+            yield Finding(
+                "constructors",
+                Severity.REFUSE,
+                f"{name} has {sizes[1] // 8} entries where the old build has {sizes[0] // 8}",
+                (name,),
+                "a constructor of the new build would have run at the start of the program",
+                "restart the program",
+            )
+
+
+def new_imports(draft: Draft) -> Iterator[Finding]:
+    """Symbols that the new code needs and the old image does not import: they must be found in the process."""
+    imports = draft.resolver.imports
+    missing = set(draft.comparison.new.image.needed) - set(draft.comparison.old.image.needed)
+    if missing:
+        yield Finding(
+            "new-library",
+            Severity.REFUSE,
+            f"the new build needs {len(missing)} more librar(ies)",
+            tuple(sorted(missing)),
+            "the running program has not loaded them",
+            "restart the program",
+        )
+    if imports:
+        yield Finding(
+            "new-import",
+            Severity.WARN,
+            f"{len(imports)} import(s) that the old build does not have",
+            tuple(f"{i.name}@{i.version}" if i.version else i.name for i in imports[:MANY]),
+            "they are bound when the patch is applied, and refused if no loaded library has them",
+            "nothing to do",
+        )
+
+
+def new_variables(draft: Draft) -> Iterator[Finding]:
+    """Variables that only the patch has: they start with their initial value."""
+    own = draft.resolver.new_variables
+    if own:
+        yield Finding(
+            "new-variable",
+            Severity.WARN,
+            f"{len(own)} variable(s) are new and live in the patch",
+            tuple(_where(draft.comparison.new.image, n) for n in sorted(own)[:MANY]),
+            "they start with their initial value when the patch is applied",
+            "nothing to do",
+        )
+
+
+def _where(image: Image, address: int) -> str:
+    """An address with its symbol, where there is one."""
+    symbols = image.symbols
+    index = int(np.searchsorted(symbols.values, address, "right")) - 1
+    while index >= 0 and symbols.values[index] == address and not symbols.sizes[index]:
+        index -= 1
+    if index >= 0 and symbols.values[index] <= address < symbols.values[index] + symbols.sizes[index]:
+        offset = address - int(symbols.values[index])
+        return f"{symbols.names[index]}{f'+{offset:#x}' if offset else ''}"
+    section = image.section_at(address)
+    return f"{address:#x} in {section.name}" if section else f"{address:#x}"
+
+
+RULES: tuple[Rule, ...] = (
+    unbound_references,
+    contradictory_pins,
+    guessed_addresses,
+    struct_layout,
+    label_tables,
+    initial_values,
+    tls_layout,
+    short_entries,
+    code_without_unwind,
+    constructors,
+    new_imports,
+    new_variables,
+)

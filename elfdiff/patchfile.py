@@ -1,0 +1,334 @@
+"""A patch object on disk: an ELF shared object that readelf, objdump and gdb can read.
+
+    PT_LOAD segments        the pages of the patch, at the new build's addresses
+    .text.N .rodata.N ...   a section header for each of them
+    .symtab .strtab         the functions; old_image and the imports as undefined symbols
+    .rela.livegraft         every field that leads out, in the psABI's own relocation types
+    .note.gnu.build-id      of the *new* build, so that its debug information is found
+    .livegraft              everything else, as JSON
+    .livegraft.digest       SHA-256 of the whole file, this field taken as zeros
+
+Written by us, since LIEF 1.0 cannot make a file from nothing nor keep the addresses that it is asked for
+(docs/architecture.md, D12); LIEF reads every file back before it gets its name, as a second opinion on the format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from elfdiff.errors import BadInput, LivegraftError
+from elfdiff.image import PAGE, RELA_DTYPE, SYMBOL_DTYPE
+from elfdiff.patchobject import (
+    FIRST_IMPORT,
+    FORMAT_VERSION,
+    RELOCATION_DTYPE,
+    Build,
+    CheckedRange,
+    Finding,
+    Import,
+    LineOnly,
+    PatchFunction,
+    PatchObject,
+    Reason,
+    RemovedFunction,
+    Segment,
+    Severity,
+)
+
+DIGEST_SIZE = 32
+MAGIC = "livegraft"
+OLD_IMAGE_SYMBOL, PATCH_IMAGE_SYMBOL = "livegraft_old_image", "livegraft_patch_image"
+
+_EHDR = struct.Struct("<16sHHIQQQIHHHHHH")
+_PHDR = struct.Struct("<IIQQQQQQ")
+_SHDR = struct.Struct("<IIQQQQIIQQ")
+_SHT = {"PROGBITS": 1, "SYMTAB": 2, "STRTAB": 3, "RELA": 4, "NOTE": 7}
+
+
+@dataclass
+class _Section:
+    name: str
+    type: str
+    data: bytes
+    address: int = 0
+    size: int | None = None  # in memory, where it differs from len(data)
+    flags: int = 0
+    link: int = 0
+    info: int = 0
+    align: int = 1
+    entry_size: int = 0
+    offset: int = 0
+
+
+# -- writing ----------------------------------------------------------------------------------------------------
+
+
+def write_patch(patch: PatchObject, path: Path) -> PatchObject:
+    """Write the file whole or not at all; returns the patch with its id. Raises LivegraftError."""
+    raw = _serialise(patch)
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as stream:
+            temporary = Path(stream.name)
+            stream.write(raw)
+        try:
+            _second_opinion(patch, temporary)
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise BadInput(
+            f"{path}: cannot write the patch object: {error.strerror}",
+            next_step="name a folder that exists and that you may write to",
+        ) from error
+    return replace(patch, id=hashlib.sha256(_without_digest(raw)).hexdigest())
+
+
+def _serialise(patch: PatchObject) -> bytes:
+    symbols, strings = _symbols(patch)
+    loads = [_load_section(k, segment) for k, segment in enumerate(patch.segments)]
+    symtab_index = len(loads) + 1
+    tables = [
+        _Section(".symtab", "SYMTAB", symbols, link=symtab_index + 1, info=1, align=8, entry_size=24),
+        _Section(".strtab", "STRTAB", strings),
+        _Section(".rela.livegraft", "RELA", _relocations(patch), link=symtab_index, align=8, entry_size=24),
+        _Section(".note.gnu.build-id", "NOTE", _build_id_note(patch.new.build_id), align=4),
+        _Section(".livegraft", "PROGBITS", _metadata(patch)),
+        _Section(".livegraft.digest", "PROGBITS", bytes(DIGEST_SIZE)),
+    ]
+    sections = loads + tables
+    names = b"\0" + b"".join(s.name.encode() + b"\0" for s in sections) + b".shstrtab\0"
+    sections.append(_Section(".shstrtab", "STRTAB", names))
+    body = _place(sections, len(loads))
+    header_offset = (len(body) + 7) & -8
+    body += bytes(header_offset - len(body)) + _section_headers(sections)
+    body[: _EHDR.size] = _EHDR.pack(
+        b"\x7fELF\x02\x01\x01" + bytes(9), 3, 62, 1, 0, _EHDR.size, header_offset, 0,
+        _EHDR.size, _PHDR.size, len(loads), _SHDR.size, len(sections) + 1, len(sections),
+    )  # fmt: skip
+    digest = hashlib.sha256(bytes(body)).digest()
+    at = next(s.offset for s in sections if s.name == ".livegraft.digest")
+    body[at : at + DIGEST_SIZE] = digest
+    return bytes(body)
+
+
+def _load_section(number: int, segment: Segment) -> _Section:
+    kind, flags = ".rodata", 2  # SHF_ALLOC
+    if segment.flags & 1:
+        kind, flags = ".text", 2 | 4
+    elif segment.flags & 2:
+        kind, flags = ".data", 2 | 1
+    return _Section(
+        f"{kind}.{number}", "PROGBITS", segment.data.ljust(segment.size, b"\0"), segment.vaddr, flags=flags, align=PAGE
+    )
+
+
+def _place(sections: list[_Section], loads: int) -> bytearray:
+    """File headers, program headers and contents; sets the sections' offsets. Offset = address modulo a page."""
+    body = bytearray(_EHDR.size + _PHDR.size * loads)
+    for number, section in enumerate(sections):
+        align = PAGE if number < loads else max(section.align, 1)
+        body += bytes(-len(body) % align)
+        section.offset = len(body)
+        body += section.data
+    for number, section in enumerate(sections[:loads]):
+        flags = 4 | (1 if section.flags & 4 else 0) | (2 if section.flags & 1 else 0)
+        _PHDR.pack_into(
+            body, _EHDR.size + number * _PHDR.size,
+            1, flags, section.offset, section.address, section.address, len(section.data), len(section.data), PAGE,
+        )  # fmt: skip
+    return body
+
+
+def _section_headers(sections: list[_Section]) -> bytes:
+    rows = [bytes(_SHDR.size)]
+    at = 1
+    for s in sections:
+        rows.append(
+            _SHDR.pack(
+                at, _SHT[s.type], s.flags, s.address, s.offset, len(s.data), s.link, s.info, s.align, s.entry_size
+            )
+        )
+        at += len(s.name) + 1
+    return b"".join(rows)
+
+
+def _symbols(patch: PatchObject) -> tuple[bytes, bytes]:
+    """The symbol table: null, the two images, the imports (all undefined), then the functions."""
+    undefined = [OLD_IMAGE_SYMBOL, PATCH_IMAGE_SYMBOL]
+    undefined += [f"{i.name}@{i.version}" if i.version else i.name for i in patch.imports]
+    strings = bytearray(b"\0")
+    table = np.zeros(1 + len(undefined) + len(patch.functions), SYMBOL_DTYPE)
+    rows: list[tuple[str, int, int, int, int]] = [(name, 0x10, 0, 0, 0) for name in undefined]  # STB_GLOBAL
+    for function in patch.functions:
+        section = next(k for k, s in enumerate(patch.segments) if s.vaddr <= function.new_start < s.vaddr + s.size)
+        rows.append((function.name, 0x12, section + 1, function.new_start, function.new_size))  # STT_FUNC
+    for index, (name, info, section, value, size) in enumerate(rows, 1):
+        table[index] = (len(strings), info, 0, section, value, size)
+        strings += name.encode("utf-8", "surrogateescape") + b"\0"
+    return table.tobytes(), bytes(strings)
+
+
+def _relocations(patch: PatchObject) -> bytes:
+    table = np.zeros(len(patch.relocations), RELA_DTYPE)
+    table["offset"] = patch.relocations["place"]
+    table["addend"] = patch.relocations["addend"]
+    symbol = patch.relocations["symbol"].astype(np.uint64) + np.uint64(1)  # symbol 0 of the file is the null one
+    table["info"] = (symbol << np.uint64(32)) | patch.relocations["type"].astype(np.uint64)
+    return table.tobytes()
+
+
+def _build_id_note(build_id: str) -> bytes:
+    raw = bytes.fromhex(build_id)
+    return struct.pack("<III", 4, len(raw), 3) + b"GNU\0" + raw + bytes(-len(raw) % 4)
+
+
+def _metadata(patch: PatchObject) -> bytes:
+    return json.dumps(
+        {
+            "magic": MAGIC,
+            "format": FORMAT_VERSION,
+            "tool": patch.tool_version,
+            "old": asdict(patch.old),
+            "new": asdict(patch.new),
+            "segments": [{"vaddr": s.vaddr, "size": s.size, "flags": s.flags} for s in patch.segments],
+            "functions": [asdict(f) for f in patch.functions],
+            "imports": [asdict(i) for i in patch.imports],
+            "checked": [asdict(c) for c in patch.checked],
+            "findings": [asdict(f) for f in patch.findings],
+            "removed": [asdict(f) for f in patch.removed],
+            "line_only": [asdict(f) for f in patch.line_only],
+            "eh_frame_hdr": patch.eh_frame_hdr,
+        },
+        separators=(",", ":"),
+    ).encode()
+
+
+def _second_opinion(patch: PatchObject, path: Path) -> None:
+    """LIEF reads the file; its segments, symbols and notes must be the ones that were meant."""
+    import lief  # noqa: PLC0415  (0.3 s, only when a patch is written)
+
+    lief.logging.disable()
+    binary: Any = lief.parse(str(path))
+    loads = [] if binary is None else [s for s in binary.segments if s.type == lief.ELF.Segment.TYPE.LOAD]
+    seen = [(s.virtual_address, s.virtual_size, int(s.flags), bytes(s.content)) for s in loads]
+    meant = [(s.vaddr, s.size, s.flags, s.data.ljust(s.size, b"\0")) for s in patch.segments]
+    if seen != meant or len(binary.symtab_symbols) != 3 + len(patch.imports) + len(patch.functions):
+        raise LivegraftError(
+            f"{path}: the patch object was not written as it was meant",
+            why="an independent reader (LIEF) sees other segments or symbols in it",
+            next_step="this is a defect of livegraft; please report the two files",
+        )
+
+
+# -- reading ----------------------------------------------------------------------------------------------------
+
+
+def read_patch(path: Path) -> PatchObject:
+    """Read and verify a patch object. Raises BadInput for anything that is not one, whole and of this format."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise BadInput(
+            f"{path}: {error.strerror}", next_step="name a patch object made by: livegraft diff OLD NEW -o PATCH"
+        ) from error
+    sections = _sections(path, raw)
+    if ".livegraft" not in sections or ".livegraft.digest" not in sections:
+        raise _not_a_patch(path, "it is an ELF file without livegraft's sections")
+    identity = hashlib.sha256(_without_digest(raw))
+    at, size = sections[".livegraft.digest"]
+    if size != DIGEST_SIZE or raw[at : at + size] != identity.digest():
+        raise BadInput(
+            f"{path}: the patch object is damaged",
+            why="its checksum is not that of its content",
+            next_step="copy it again, or make it again: livegraft diff OLD NEW -o PATCH",
+        )
+    at, size = sections[".livegraft"]
+    return _decode(path, raw, json.loads(raw[at : at + size]), sections, identity.hexdigest())
+
+
+def _not_a_patch(path: Path, why: str) -> BadInput:
+    return BadInput(
+        f"{path}: not a livegraft patch object",
+        why=why,
+        next_step="name a file made by: livegraft diff OLD NEW -o PATCH",
+    )
+
+
+def _sections(path: Path, raw: bytes) -> dict[str, tuple[int, int]]:
+    """Section name -> (file offset, size), checked against the file's length."""
+    if not raw:
+        raise _not_a_patch(path, "the file is empty")
+    if len(raw) < _EHDR.size or raw[:4] != b"\x7fELF":
+        raise _not_a_patch(path, "it is no ELF file")
+    header = _EHDR.unpack_from(raw)
+    table, count, names_index = header[6], header[12], header[13]
+    if header[11] != _SHDR.size or table + count * _SHDR.size > len(raw) or names_index >= count:
+        raise _not_a_patch(path, "the file is cut short: its section headers lie behind its end")
+    rows = [_SHDR.unpack_from(raw, table + k * _SHDR.size) for k in range(count)]
+    if any(row[1] != 8 and row[4] + row[5] > len(raw) for row in rows):
+        raise _not_a_patch(path, "the file is cut short: a section lies behind its end")
+    names = raw[rows[names_index][4] :][: rows[names_index][5]]
+    return {names[row[0] :].split(b"\0")[0].decode("latin-1"): (row[4], row[5]) for row in rows[1:]}
+
+
+def _without_digest(raw: bytes) -> bytes:
+    at, size = _sections(Path("patch"), raw)[".livegraft.digest"]
+    return raw[:at] + bytes(size) + raw[at + size :]
+
+
+def _decode(
+    path: Path, raw: bytes, meta: dict[str, Any], sections: dict[str, tuple[int, int]], identity: str
+) -> PatchObject:
+    if meta.get("magic") != MAGIC or meta.get("format") != FORMAT_VERSION:
+        raise BadInput(
+            f"{path}: the patch object was made by another version of livegraft",
+            why=f"format {meta.get('format')} by version {meta.get('tool')}; this one reads format {FORMAT_VERSION}",
+            next_step="make it again with this version: livegraft diff OLD NEW -o PATCH",
+        )
+    contents = [
+        raw[a : a + n] for name, (a, n) in sections.items() if name.startswith((".text.", ".rodata.", ".data."))
+    ]
+    at, size = sections[".rela.livegraft"]
+    table = np.frombuffer(raw[at : at + size], RELA_DTYPE)
+    relocations = np.zeros(len(table), RELOCATION_DTYPE)
+    relocations["place"], relocations["addend"] = table["offset"], table["addend"]
+    relocations["type"] = table["info"] & np.uint64(0xFFFFFFFF)
+    relocations["symbol"] = (table["info"] >> np.uint64(32)) - np.uint64(1)
+    return PatchObject(
+        id=identity,
+        tool_version=meta["tool"],
+        old=Build(**meta["old"]),
+        new=Build(**meta["new"]),
+        segments=tuple(
+            Segment(s["vaddr"], s["size"], s["flags"], data.rstrip(b"\0"))
+            for s, data in zip(meta["segments"], contents, strict=True)
+        ),
+        functions=tuple(PatchFunction(**{**f, "reason": Reason(f["reason"])}) for f in meta["functions"]),
+        imports=tuple(Import(**i) for i in meta["imports"]),
+        relocations=relocations,
+        checked=tuple(CheckedRange(**c) for c in meta["checked"]),
+        findings=tuple(
+            Finding(**{**f, "severity": Severity(f["severity"]), "where": tuple(f["where"])}) for f in meta["findings"]
+        ),
+        removed=tuple(RemovedFunction(**f) for f in meta["removed"]),
+        line_only=tuple(LineOnly(**f) for f in meta["line_only"]),
+        eh_frame_hdr=meta["eh_frame_hdr"],
+    )
+
+
+def symbol_name(patch: PatchObject, symbol: int) -> str:
+    """What a relocation's symbol is called."""
+    if symbol >= FIRST_IMPORT:
+        wanted = patch.imports[symbol - FIRST_IMPORT]
+        return f"{wanted.name}@{wanted.version}" if wanted.version else wanted.name
+    return (OLD_IMAGE_SYMBOL, PATCH_IMAGE_SYMBOL)[symbol]
