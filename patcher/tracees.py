@@ -52,6 +52,7 @@ class Stop:
 
 
 GONE = Stop(StopKind.GONE)
+INTERRUPTED = Stop(StopKind.INTERRUPTED)
 
 
 def decode(wait_status: int) -> Stop:

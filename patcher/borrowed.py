@@ -1,0 +1,259 @@
+"""One thread of the target, borrowed to make system calls and given back as it was.
+
+Which threads may be borrowed: one that stopped because we asked (PTRACE_EVENT_STOP) and not for a signal; in
+64-bit mode; not inside a restartable sequence, which the kernel would forget to abort (rseq(2)). A thread that
+sleeps uninterruptibly (state D: also the parent in a vfork) is not asked, since it could not stop.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+import time
+from dataclasses import dataclass
+
+from elfdiff.errors import BadInput, Busy, LivegraftError, NotPermitted
+from trampolines.stub_x86_64 import RESTORED, RETURN_OFFSET, stub_bytes
+
+from . import ptrace, tracees
+from .memory import Memory
+from .proc import no_such_process, status, thread_ids
+from .ptrace import Option, PtraceFailed
+from .registers_x86_64 import NO_SYSCALL, USER_CODE_64, Registers, restart, without_spurious_eintr
+from .tracees import Stop, StopKind
+
+_GETPID = 39  # syscall_64.tbl
+_ARGUMENTS = ("rdi", "rsi", "rdx", "r10", "r8", "r9")  # psABI appendix A.2.1
+_WORD_MASK = (1 << 64) - 1
+
+_STOP_TIMEOUT = 0.25  # seconds for one thread to stop before the next is asked
+_CALL_TIMEOUT = 10.0  # seconds for a call; mmap may wait for the lock of the whole address space
+_RETRY_PAUSE = 1e-3
+_MOST_STOPS = 100  # group-stops on the way to a system call; each takes a SIGSTOP from outside
+
+_RSEQ_CS = struct.Struct("<IIQQQ")  # struct rseq_cs, linux/rseq.h: version, flags, start, length, abort
+
+
+@dataclass(slots=True)
+class Borrowed:
+    """A stopped thread. ``registers`` are what it gets back; ``seccomp`` says that its filter is suspended.
+
+    ``lost`` becomes true where it could not be stopped again: it is still in the stub.
+    """
+
+    tid: int
+    registers: Registers
+    seccomp: bool
+    slot: int = 0
+    lost: bool = False
+
+    def aim(self, memory: Memory, slot: int) -> None:
+        """Write the stub with this thread's context at ``slot``. Raises LivegraftError."""
+        resumed = restart(self.registers)
+        context = {name: getattr(resumed, name) for name in (*RESTORED, "rip")}
+        wanted = stub_bytes(context, self.tid)
+        memory.write(slot, wanted)
+        if memory.read(slot, len(wanted)) != wanted:
+            raise LivegraftError(
+                f"the stub at {slot:#x} of process {memory.pid} does not read back as written",
+                why="something else writes there",
+                next_step="restart the process",
+            )
+        self.slot = slot
+
+    def poke(self, address: int, word: int) -> None:
+        """Write one word of the target's memory through this thread (see ``Memory.poke``)."""
+        ptrace.poke_word(self.tid, address, word)
+
+    def call(self, number: int, args: tuple[int, ...]) -> int | None:
+        """Make one system call by the stub, and return rax, signed; may be called again.
+
+        None: the call was not made, since a signal came first or the thread died; the thread has been let go.
+        Raises Busy (the call does not end), LivegraftError (the thread does not do as told).
+        """
+        launch = self.registers.copy()
+        launch.rip = self.slot
+        # A filter that is suspended by us is in force again the moment we die. So the call that it might
+        # punish stands in the registers only from the entry stop on; hardly any filter minds getpid.
+        launch.rax = _GETPID if self.seccomp else number
+        launch.orig_rax = NO_SYSCALL
+        for name, value in zip(_ARGUMENTS, args, strict=False):
+            setattr(launch, name, value & _WORD_MASK)
+        try:
+            ptrace.write_registers(self.tid, launch)
+            return self._run(number)
+        except PtraceFailed as error:
+            if not error.gone:
+                raise
+            tracees.abandon(self.tid)  # killed in its stop: it is still to be reaped
+            return None
+
+    def _run(self, number: int) -> int | None:
+        stop = self._step()
+        if stop.kind is StopKind.GONE:
+            return None
+        if stop.kind is StopKind.SIGNAL:
+            self.give_back(stop)
+            return None
+        entered = ptrace.read_registers(self.tid)
+        if stop.kind is not StopKind.SYSCALL or entered.rip != self.slot + RETURN_OFFSET:
+            raise _unexpected(self.tid, f"it stopped ({stop.kind.value}) at {entered.rip:#x}")
+        if self.seccomp:
+            entered.orig_rax = number
+            ptrace.write_registers(self.tid, entered)
+        stop = self._step()
+        if stop.kind is StopKind.GONE:
+            return None
+        if stop.kind is not StopKind.SYSCALL:
+            raise _unexpected(self.tid, f"it stopped ({stop.kind.value}) instead of leaving the call")
+        return ptrace.read_registers(self.tid).result
+
+    def _step(self) -> Stop:
+        """Resume until the next system-call or signal stop, through group-stops."""
+        for _ in range(_MOST_STOPS):
+            ptrace.resume_to_syscall(self.tid)
+            stop = tracees.wait_for([self.tid], time.monotonic() + _CALL_TIMEOUT).get(self.tid)
+            if stop is None:
+                self.lost = True
+                tracees.abandon(self.tid)
+                raise Busy(
+                    f"thread {self.tid} does not finish a system call made for us",
+                    why=f"after {_CALL_TIMEOUT:g} s it is still inside; it goes on by itself when it is done",
+                    next_step="see what the process waits for, and try again",
+                )
+            if stop.kind not in (StopKind.GROUP, StopKind.INTERRUPTED):
+                return stop
+        raise _unexpected(self.tid, "it is stopped by SIGSTOP again and again")
+
+    def put_back(self) -> None:
+        """Give the thread its registers back, still stopped; it no longer needs the stub."""
+        ptrace.write_registers(self.tid, self.registers)
+
+    def give_back(self, stop: Stop) -> None:
+        """Give the thread its registers back and let it go, with the signal of ``stop`` if it has one."""
+        try:
+            self.put_back()
+        except PtraceFailed as error:
+            if not error.gone:
+                raise
+        tracees.detach(self.tid, stop)
+
+
+def _unexpected(tid: int, why: str) -> LivegraftError:
+    return LivegraftError(f"thread {tid} did not make a system call as told", why=why)
+
+
+def borrow(pid: int, memory: Memory, deadline: float) -> Borrowed:
+    """Stop one thread of a process that may make system calls; ``deadline`` is a time.monotonic() value.
+
+    Raises Busy (no thread was fit until then), BadInput (the process has exited), NotPermitted.
+    """
+    while True:
+        for tid in _by_preference(pid):
+            thread = borrow_thread(pid, tid, memory)
+            if thread is not None:
+                return thread
+        if time.monotonic() >= deadline:
+            raise Busy(
+                f"no thread of process {pid} could make a system call",
+                why="each was about to receive a signal, in a restartable sequence, or did not stop",
+                next_step="try again",
+            )
+        time.sleep(_RETRY_PAUSE)
+
+
+def _by_preference(pid: int) -> list[int]:
+    """The living threads, sleeping ones first: what they do is known, and nobody waits for them."""
+    states: dict[int, str] = {}
+    for tid in thread_ids(pid):
+        try:
+            states[tid] = status(tid).state
+        except BadInput:
+            continue  # ended meanwhile
+    if not any(state not in "ZX" for state in states.values()):
+        raise no_such_process(pid)
+    fit = [tid for tid, state in states.items() if state in "SRT"]
+    return sorted(fit, key=lambda tid: states[tid] != "S")
+
+
+def borrow_thread(pid: int, tid: int, memory: Memory) -> Borrowed | None:
+    """Stop one certain thread if it may make system calls, else None. Raises NotPermitted."""
+    # A filter belongs to a thread, not to the process (seccomp(2)).
+    try:
+        seccomp = status(tid).seccomp != 0
+    except BadInput:
+        return None
+    if not tracees.try_seize(pid, tid, Option.TRACESYSGOOD):
+        return None
+    try:
+        ptrace.interrupt(tid)
+    except PtraceFailed as error:
+        if not error.gone:
+            raise
+    stop = tracees.wait_for([tid], time.monotonic() + _STOP_TIMEOUT).get(tid, None)
+    if stop is None:
+        tracees.abandon(tid)
+        return None
+    if stop.kind is StopKind.GONE:
+        return None
+    try:
+        thread = _borrow_stopped(tid, stop, seccomp, memory)
+    except BaseException:
+        tracees.detach(tid, stop)
+        raise
+    if thread is None:
+        tracees.detach(tid, stop)
+    return thread
+
+
+def _borrow_stopped(tid: int, stop: Stop, seccomp: bool, memory: Memory) -> Borrowed | None:
+    try:
+        registers = ptrace.read_registers(tid)
+        if stop.kind in (StopKind.INTERRUPTED, StopKind.SIGNAL):
+            fixed = without_spurious_eintr(registers)
+            if fixed is not None:
+                registers = fixed
+                ptrace.write_registers(tid, registers)
+        if stop.kind not in (StopKind.INTERRUPTED, StopKind.GROUP) or registers.cs != USER_CODE_64:
+            return None
+        if _in_restartable_sequence(tid, registers, memory):
+            return None
+        if seccomp:
+            _suspend_seccomp(tid)
+    except PtraceFailed as error:
+        if not error.gone:
+            raise
+        return None
+    return Borrowed(tid, registers, seccomp)
+
+
+def _in_restartable_sequence(tid: int, registers: Registers, memory: Memory) -> bool:
+    if registers.in_syscall:
+        return False  # no system call may be made inside of one
+    try:
+        area = ptrace.rseq_configuration(tid).address
+    except PtraceFailed as error:
+        if error.errno != errno.EIO:
+            raise
+        return True  # the kernel cannot say: treat it as if it were
+    if not area:
+        return False
+    descriptor = int.from_bytes(memory.read(area + 8, 8), "little")  # struct rseq, rseq_cs
+    if not descriptor:
+        return False
+    _, _, start, length, _ = _RSEQ_CS.unpack(memory.read(descriptor, _RSEQ_CS.size))
+    return bool(start <= registers.rip < start + length)
+
+
+def _suspend_seccomp(tid: int) -> None:
+    try:
+        ptrace.set_options(tid, Option.TRACESYSGOOD | Option.SUSPEND_SECCOMP)
+    except PtraceFailed as error:
+        if error.gone:
+            raise
+        raise NotPermitted(
+            f"the system-call filter of thread {tid} cannot be suspended",
+            why=f"{error.why}; it needs CAP_SYS_ADMIN, a kernel with CONFIG_CHECKPOINT_RESTORE, and a tracer "
+            "that is under no filter itself",
+            next_step="run as root outside of any sandbox",
+        ) from error

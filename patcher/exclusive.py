@@ -1,0 +1,50 @@
+"""One patcher at a time for a process."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from elfdiff.errors import Busy, NotPermitted
+
+from .proc import no_such_process
+
+
+@contextmanager
+def exclusive(pid: int, name: str = "mem") -> Iterator[None]:
+    """Hold a process against every other user of this function with the same ``name``.
+
+    The lock is a flock(2) on ``/proc/PID/NAME``: it is bound to the process itself and not to a number, needs no
+    directory of ours, ends with the death of its holder, and cannot be taken by those who may not trace the
+    process. ``name`` must be a file that only they may open (``mem``, ``auxv``).
+
+    Raises Busy (somebody else holds it), BadInput (no such process), NotPermitted.
+    """
+    descriptor = _open(pid, name)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Busy(
+                f"process {pid} is being patched by another livegraft",
+                why=f"it holds the lock on /proc/{pid}/{name}",
+                next_step="wait for it to end, and try again",
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _open(pid: int, name: str) -> int:
+    try:
+        return os.open(f"/proc/{pid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise no_such_process(pid) from error
+    except PermissionError as error:
+        raise NotPermitted(
+            f"process {pid} may not be patched by user {os.geteuid()}",
+            why=f"/proc/{pid}/{name}: {error.strerror}",
+            next_step="run as root",
+        ) from error
