@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Final, Protocol
 
 RSP: Final = 7
@@ -19,9 +18,11 @@ CALL_CLOBBERED: Final = frozenset({0, 1, 2, 4, 5, 8, 9, 10, 11})
 USER_CODE_64: Final = 0x33
 """cs in 64-bit mode (__USER_CS, arch/x86/include/asm/segment.h)."""
 
-RESTORER: Final = re.compile(rb"(?:\x48\xc7\xc0\x0f\x00\x00\x00|\xb8\x0f\x00\x00\x00)\x0f\x05")
-"""``mov $15, %rax`` or ``%eax``, ``syscall`` (rt_sigreturn): what a signal handler returns to."""
+# What a signal handler returns to (SA_RESTORER): mov $15, %rax or %eax; syscall, which is rt_sigreturn(2).
+RESTORER_BEGINNINGS: Final = (b"\x48\xc7\xc0", b"\xb8")
+RESTORER_END: Final = b"\x0f\x00\x00\x00\x0f\x05"
 RESTORER_SIZE: Final = 9
+"""Bytes of the longest; a program counter that far behind its start is past it."""
 
 # struct rt_sigframe (arch/x86/include/asm/sigframe.h): pretcode, which is the restorer's address; then struct
 # ucontext, whose uc_mcontext is at 40 and holds r8 first; rsp is its 16th word.

@@ -1,0 +1,364 @@
+"""Is any of these functions live? Asked of stopped threads; whatever is not known counts as live.
+
+First every word of every stack, from rsp to the end of its mapping, and every register is compared with the
+forbidden ranges. That is cheap and misses no return address, but finds words that are merely left over. So
+threads with a hit are unwound: if the walk is complete, only its frames count, and if not, every hit does. A
+thread on an alternate signal stack is scanned on both: the signal frame says where the interrupted stack is.
+
+Not seen are stacks that no thread runs on (coroutines that are switched away).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from elfdiff.cursor import ReadBytes
+from elfdiff.errors import LivegraftError, NotPermitted
+
+from .forbidden import ForbiddenRange, ForbiddenRanges
+from .frames_x86_64 import RESTORER_SIZE, SIGFRAME_RSP
+from .memory import Memory
+from .proc import Mapping, mappings, read_proc_file
+from .restorers import find_restorers
+from .stackmemory import StackMemory
+from .unwind import Stack, StackEnd, Unwinder
+from .unwindtables import UnwindTable, unwind_tables
+
+if TYPE_CHECKING:
+    from .stopping import StoppedThread
+
+MAX_STACK = 8 << 20
+"""Bytes of one stack that are scanned; a thread with more is unwound instead."""
+MAX_STACKS = 128 << 20
+"""Bytes of all stacks together that are scanned."""
+ANY_FUNCTION = "any of them"
+"""Name in a ``LiveFrame`` where it is not known which function is live."""
+_MAX_SWITCHES = 8  # a thread's stack, and one more for each nested switch to another
+_MAX_SIGNAL_FRAMES = 64  # on one stack
+
+
+@dataclass(frozen=True, slots=True)
+class LiveFrame:
+    """Why a function counts as live.
+
+    ``pc`` is where it goes on; ``depth`` counts frames from the innermost, 0, or is None for a word that
+    could not be cleared. ``certain``: unwinding found the frame. ``stack`` are the program counters of the
+    thread, innermost first, as far as it could be unwound; ``why`` says what is known and what not.
+    """
+
+    tid: int
+    name: str
+    pc: int
+    depth: int | None
+    certain: bool
+    stack: tuple[int, ...]
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Quiescence:
+    """The answer. ``bytes_scanned`` are those of stacks, ``unwound`` the threads that had to be."""
+
+    live: tuple[LiveFrame, ...]
+    threads_checked: int
+    bytes_scanned: int
+    unwound: int
+
+    @property
+    def quiescent(self) -> bool:
+        """Whether none of the functions is live."""
+        return not self.live
+
+
+@dataclass(frozen=True, slots=True)
+class _Area:
+    """A run of stack memory; address and length are multiples of 8."""
+
+    start: int
+    data: bytes
+
+    def __contains__(self, address: object) -> bool:
+        return isinstance(address, int) and 0 <= address - self.start < len(self.data)
+
+    def read(self, address: int, size: int) -> bytes | None:
+        offset = address - self.start
+        return self.data[offset : offset + size] if 0 <= offset <= len(self.data) - size else None
+
+
+@dataclass(slots=True)
+class _Examined:
+    """What the scan found out about one thread; ``doubts`` say why it proves nothing."""
+
+    thread: StoppedThread
+    areas: list[_Area] = field(default_factory=list)
+    hits: list[tuple[int | None, int]] = field(default_factory=list)  # (address, or None: a register; word)
+    doubts: list[str] = field(default_factory=list)
+
+    @property
+    def rip(self) -> int:
+        return self.thread.registers.rip
+
+    def reader(self, memory: Memory) -> ReadBytes:
+        """Reads from what was scanned, and from the process where that is not enough."""
+
+        def read(address: int, size: int) -> bytes:
+            for area in self.areas:
+                data = area.read(address, size)
+                if data is not None:
+                    return data
+            return memory.read(address, size)
+
+        return read
+
+
+class _Words:
+    """The words of several stacks, one stack after the other."""
+
+    def __init__(self, read: list[tuple[_Examined, _Area]]) -> None:
+        self.read = read
+        self.words = np.frombuffer(b"".join([area.data for _, area in read]), dtype="<u8")
+        self._ends = list(accumulate(len(area.data) // 8 for _, area in read))
+
+    def locate(self, index: int) -> tuple[_Examined, int]:
+        """The thread and the address of a word."""
+        number = bisect_right(self._ends, index)
+        item, area = self.read[number]
+        return item, area.start + len(area.data) - 8 * (self._ends[number] - index)
+
+
+class StackCheck:
+    """Looks for frames of forbidden functions; a context manager.
+
+    Build it before the pause, when everything that the pause needs is mapped, and ``check`` in the pause;
+    ``refresh`` before a further pause.
+    """
+
+    def __init__(
+        self,
+        memory: Memory,
+        forbidden: Iterable[ForbiddenRange],
+        tables: Iterable[UnwindTable] = (),
+        *,
+        max_stack: int = MAX_STACK,
+    ) -> None:
+        """``tables`` are for code that is no mapped ELF image: that of patches.
+
+        Raises ``ValueError`` for ranges that are empty or overlap, ``BadInput`` for no such process.
+        """
+        self._memory = memory
+        self._ranges = ForbiddenRanges(forbidden)
+        self._more_tables = tuple(tables)
+        self._max_stack = max_stack
+        self._known_restorers: dict[Mapping, tuple[int, ...]] = {}
+        self._code: tuple[Mapping, ...] = ()
+        self._unwinder = Unwinder((), memory.read)
+        self.refresh()
+        self._stacks = StackMemory(memory.pid)
+
+    def __enter__(self) -> StackCheck:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close what it has opened."""
+        self._stacks.close()
+
+    def refresh(self) -> None:
+        """Look at the code that is mapped now. Raises ``LivegraftError`` where the process goes away."""
+        # Its size first: what is mapped after that is noticed by the next check.
+        self._code_size = _code_size(self._memory.pid)
+        maps = mappings(self._memory.pid)
+        self._restorers = find_restorers(maps, self._memory, self._known_restorers)
+        self._renew_unwinder(maps)
+
+    def _renew_unwinder(self, maps: Sequence[Mapping]) -> None:
+        code = tuple(mapping for mapping in maps if mapping.executable)
+        if code == self._code:
+            return
+        tables = [*unwind_tables(maps, self._memory), *self._more_tables]
+        self._unwinder = Unwinder(tables, self._memory.read)
+        self._unwinder.prepare()
+        self._code = code
+
+    def check(self, threads: Sequence[StoppedThread]) -> Quiescence:
+        """Whether a forbidden function is live. ``threads`` are all threads of the process, all stopped.
+
+        Raises ``LivegraftError`` where the process goes away or its memory may not be read; what cannot be
+        decided about a thread is no error but counts as live.
+        """
+        if _code_size(self._memory.pid) != self._code_size:
+            self.refresh()
+        self._stacks.forget()
+        examined = [_Examined(thread) for thread in threads]
+        scanned = self._scan(examined)
+        suspects = [item for item in examined if self._is_suspect(item)]
+        if suspects:
+            # Code may have been replaced by as much other code; only now is it worth looking.
+            self._renew_unwinder(mappings(self._memory.pid))
+        live = [frame for item in suspects for frame in self._judge(item)]
+        return Quiescence(tuple(live), len(examined), scanned, len(suspects))
+
+    def _is_suspect(self, item: _Examined) -> bool:
+        executing = self._ranges.of_instruction(item.rip, next_instruction=True)
+        return bool(item.hits or item.doubts) or executing is not None
+
+    # --- the scan ---
+
+    def _scan(self, examined: list[_Examined]) -> int:
+        """Fill in what is found about each thread; returns the bytes that were looked at."""
+        self._scan_registers(examined)
+        scanned = 0
+        stacks = [(item, item.thread.registers.rsp) for item in examined]
+        for switches in range(_MAX_SWITCHES):
+            read = self._read_stacks(stacks, MAX_STACKS - scanned)
+            words = _Words(read)
+            for index in self._ranges.return_addresses(words.words).tolist():
+                item, address = words.locate(index)
+                item.hits.append((address, int(words.words[index])))
+            scanned += 8 * len(words.words)
+            stacks = list(self._interrupted_stacks(words, innermost=switches == 0))
+            if not stacks:
+                break
+        for item, _ in stacks:
+            item.doubts.append(f"it runs on more than {_MAX_SWITCHES} stacks")
+        return scanned
+
+    def _scan_registers(self, examined: list[_Examined]) -> None:
+        # A return address may be in a register alone: vfork(3) of the C library keeps its own there.
+        registers = [bytes(item.thread.registers) for item in examined]
+        words = np.frombuffer(b"".join(registers), dtype="<u8")
+        for index in self._ranges.return_addresses(words).tolist():
+            item = examined[index * 8 // len(registers[0])]
+            item.hits.append((None, int(words[index])))
+
+    def _read_stacks(self, stacks: list[tuple[_Examined, int]], room: int) -> list[tuple[_Examined, _Area]]:
+        """Read every stack from its stack pointer up, in one call if all goes well."""
+        wanted: list[tuple[_Examined, int, int]] = []
+        for item, pointer in stacks:
+            start = pointer & ~7
+            if pointer != start:
+                item.doubts.append(f"its stack pointer {pointer:#x} is not aligned")
+            end = self._stacks.end(start, start + self._max_stack)
+            if end is None:
+                item.doubts.append(f"its stack pointer {pointer:#x} is in no mapping")
+            elif end - start > min(self._max_stack, room):
+                item.doubts.append(f"its stack at {pointer:#x} is larger than what is scanned")
+            else:
+                room -= end - start
+                wanted.append((item, start, end - start))
+        return self._read_areas(wanted)
+
+    def _read_areas(self, wanted: list[tuple[_Examined, int, int]]) -> list[tuple[_Examined, _Area]]:
+        try:
+            data = self._memory.read_many([(start, size) for _, start, size in wanted])
+        except NotPermitted:
+            raise
+        except LivegraftError as error:
+            if len(wanted) == 1:
+                wanted[0][0].doubts.append(f"{error}: {error.why}")
+                return []
+            return [read for one in wanted for read in self._read_areas([one])]
+        read = [(item, _Area(start, part)) for (item, start, _), part in zip(wanted, data, strict=True)]
+        for item, area in read:
+            item.areas.append(area)
+        return read
+
+    def _interrupted_stacks(self, words: _Words, *, innermost: bool) -> Iterator[tuple[_Examined, int]]:
+        """Stacks that signal frames lead to and that have not been read yet."""
+        frames: dict[int, list[int]] = {}  # id of thread -> where its signal frames are
+        examined = {item.thread.tid: item for item, _ in words.read}
+        for restorer in self._restorers.addresses:
+            for index in np.flatnonzero(words.words == np.uint64(restorer)).tolist():
+                item, address = words.locate(index)
+                frames.setdefault(item.thread.tid, []).append(address)
+        for item in examined.values() if innermost else ():
+            if self._in_restorer(item.rip):
+                # The handler has returned and so taken the restorer's address off the stack.
+                frames.setdefault(item.thread.tid, []).append(item.thread.registers.rsp - 8)
+            if self._restorers.unsure:
+                item.doubts.append(self._restorers.unsure)
+        for tid, addresses in frames.items():
+            yield from self._switches(examined[tid], addresses)
+
+    def _switches(self, item: _Examined, frames: list[int]) -> Iterator[tuple[_Examined, int]]:
+        if len(frames) > _MAX_SIGNAL_FRAMES:
+            item.doubts.append(f"more than {_MAX_SIGNAL_FRAMES} signal frames on one stack")
+            return
+        for address in frames:
+            try:
+                saved = item.reader(self._memory)(address + SIGFRAME_RSP, 8)
+            except LivegraftError as error:
+                item.doubts.append(f"a signal frame is cut off: {error.why}")
+                continue
+            pointer = int.from_bytes(saved, "little")
+            if not any(pointer in area for area in item.areas):
+                yield item, pointer
+
+    def _in_restorer(self, pc: int) -> bool:
+        return any(start <= pc < start + RESTORER_SIZE for start in self._restorers.addresses)
+
+    # --- the verdict ---
+
+    def _judge(self, item: _Examined) -> Iterator[LiveFrame]:
+        """What is live in one thread, by unwinding it."""
+        registers = item.thread.registers
+        stack = self._unwinder.unwind(registers, item.reader(self._memory))
+        pcs = tuple(frame.pc for frame in stack.frames)
+        named = set()
+        for depth, pc, executing, after_call in _instructions(stack, item.rip):
+            found = self._ranges.of_instruction(executing, next_instruction=not after_call)
+            if found is not None:
+                named.add(found.name)
+                why = "waits for a call to return" if after_call else "is executing"
+                yield LiveFrame(item.thread.tid, found.name, pc, depth, True, pcs, why)
+        for address, word in _uncleared(item, stack):
+            name = self._ranges.of_return_address(word).name
+            if name not in named:
+                named.add(name)
+                place = "a register" if address is None else f"the stack at {address:#x}"
+                why = f"{place} holds an address in it, and the stack cannot be unwound: {stack.why}"
+                yield LiveFrame(item.thread.tid, name, word, None, False, pcs, why)
+        if item.doubts and stack.end is not StackEnd.OUTERMOST:
+            why = "; ".join([*item.doubts, f"the stack cannot be unwound: {stack.why}"])
+            yield LiveFrame(item.thread.tid, ANY_FUNCTION, item.rip, None, False, pcs, why)
+
+
+def _instructions(stack: Stack, rip: int) -> Iterator[tuple[int, int, int, bool]]:
+    """(depth, pc, executing address, after a call) of each frame, of the innermost in any case."""
+    if not stack.frames:
+        yield 0, rip, rip, False
+    for depth, frame in enumerate(stack.frames):
+        yield depth, frame.pc, frame.executing, frame.after_call
+
+
+def _uncleared(item: _Examined, stack: Stack) -> list[tuple[int | None, int]]:
+    """The hits that unwinding says nothing about.
+
+    A walk that ended at a return address of 0 may have ended too early, since wrong unwind information finds
+    zeros easily; so it clears only what lies below its last frame.
+    """
+    if stack.end is StackEnd.OUTERMOST:
+        return []
+    if stack.end is StackEnd.UNKNOWN:
+        return item.hits
+    return [hit for hit in item.hits if hit[0] is not None and not _below_a_frame(hit[0], item, stack)]
+
+
+def _below_a_frame(address: int, item: _Examined, stack: Stack) -> bool:
+    areas = [area for area in item.areas if address in area]
+    return any(frame.cfa - 8 >= address and frame.cfa - 8 in area for area in areas for frame in stack.frames)
+
+
+def _code_size(pid: int) -> tuple[str, ...]:
+    """Size of all executable mappings, as ``/proc/PID/status`` has it: cheaper than to look at each."""
+    lines = read_proc_file(pid, "status").split("\n")
+    return tuple(line for line in lines if line.startswith(("VmExe:", "VmLib:")))
