@@ -22,13 +22,19 @@ from elfdiff.errors import LivegraftError
 
 from .binding import PF_R, PF_W, PF_X, BoundSegment
 from .memory import Memory
-from .record import memfd_name
-from .remote import RemoteCaller, RemoteCallError
+from .remote import (
+    MAP_ANONYMOUS,
+    MAP_FIXED_NOREPLACE,
+    MAP_PRIVATE,
+    MFD_ALLOW_SEALING,
+    MFD_CLOEXEC,
+    MFD_EXEC,
+    RemoteCaller,
+    RemoteCallError,
+)
 
 _PROTECTIONS = {PF_R: 1, PF_W: 2, PF_X: 4}  # PROT_*, mman.h
 _RECORD_FLAGS = PF_R | PF_W
-_MAP_PRIVATE, _MAP_ANONYMOUS, _MAP_FIXED_NOREPLACE = 0x02, 0x20, 0x100000  # mman.h
-_MFD_CLOEXEC, _MFD_ALLOW_SEALING, _MFD_EXEC = 0x1, 0x2, 0x10  # linux/memfd.h
 _SEALS = 0x1 | 0x2 | 0x4 | 0x8  # F_SEAL_SEAL, SHRINK, GROW, WRITE, linux/fcntl.h
 _F_ADD_SEALS = 1033
 _NO_MEMORY_FILE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOSYS, errno.EPERM, errno.EACCES})
@@ -43,7 +49,6 @@ class PlaceTaken(LivegraftError):
 class Image:
     """What is to be mapped: the record at its absolute address, and the segments of the patch at theirs."""
 
-    patch_id: str
     record: int
     record_bytes: bytes
     segments: tuple[BoundSegment, ...]
@@ -59,18 +64,17 @@ class Image:
         return tuple((part.start, len(part.data)) for part in reversed(self.parts))
 
 
-def make_memory_file(caller: RemoteCaller, patch_id: str) -> int | None:
+def make_memory_file(caller: RemoteCaller) -> int | None:
     """Make an empty memory file in the target; return its descriptor there.
 
     None where the target cannot have one (no descriptor free, forbidden, kernel before 3.17): anonymous
     mappings are the way then. Raises LivegraftError for anything else.
     """
-    name = memfd_name(patch_id)
-    flags = _MFD_CLOEXEC | _MFD_ALLOW_SEALING
+    flags = MFD_CLOEXEC | MFD_ALLOW_SEALING
     # Kernels before 6.3 do not know MFD_EXEC and answer EINVAL.
-    for attempt in (flags | _MFD_EXEC, flags):
+    for attempt in (flags | MFD_EXEC, flags):
         try:
-            return caller.memfd_create(name, attempt)
+            return caller.memfd_create(attempt)
         except RemoteCallError as error:
             if error.errno in _NO_MEMORY_FILE:
                 return None
@@ -123,7 +127,7 @@ def map_image(caller: RemoteCaller, memory: Memory, image: Image, descriptor: in
 
 
 def _map_part(caller: RemoteCaller, part: BoundSegment, descriptor: int | None, offset: int) -> None:
-    flags = _MAP_PRIVATE | _MAP_FIXED_NOREPLACE | (_MAP_ANONYMOUS if descriptor is None else 0)
+    flags = MAP_PRIVATE | MAP_FIXED_NOREPLACE | (MAP_ANONYMOUS if descriptor is None else 0)
     protection = sum(value for bit, value in _PROTECTIONS.items() if part.flags & bit)
     size = len(part.data)
     where = 0 if descriptor is None else offset

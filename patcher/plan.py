@@ -18,6 +18,7 @@ from trampolines.errors import TrampolineError
 
 from .binding import PF_X, Binding, overlay
 from .modules import Module
+from .forbidden import ForbiddenRange
 from .record import Contents, JournalEntry, Record, State, state_word
 
 ReadBytes = Callable[[Sequence[tuple[int, int]]], list[bytes]]
@@ -62,16 +63,6 @@ class StateWrite:
     record: int
     before: bytes
     after: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class ForbiddenRange:
-    """Absolute code addresses [start, end) that no thread may be in, or return to, when the plan is carried
-    out."""
-
-    start: int
-    end: int
-    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +187,7 @@ def _require_apart(journal: Sequence[JournalEntry]) -> None:
 def removed_ranges(binding: Binding) -> tuple[ForbiddenRange, ...]:
     """Return the old functions that the new build no longer has: nobody may be in them any more."""
     return tuple(
-        ForbiddenRange(item.start + binding.old_bias, item.start + binding.old_bias + item.size, item.name)
+        ForbiddenRange(item.name, item.start + binding.old_bias, item.start + binding.old_bias + item.size)
         for item in binding.patch.removed
         if item.size
     )
@@ -302,7 +293,7 @@ def _require_known(address: int, held: bytes, known: set[bytes]) -> None:
 def _old_ranges(contents: Contents) -> list[ForbiddenRange]:
     """The old code of every patched function."""
     return [
-        ForbiddenRange(function.old_start, function.old_start + function.old_size, function.name)
+        ForbiddenRange(function.name, function.old_start, function.old_start + function.old_size)
         for function in contents.functions
         if function.old_start is not None and function.old_size
     ]
@@ -313,17 +304,17 @@ def _ranges(contents: Contents) -> list[ForbiddenRange]:
     functions."""
     patch = f"patch {contents.patch[:12]}"
     functions = [
-        ForbiddenRange(item.new_start, item.new_start + item.new_size, f"{item.name} ({patch})")
+        ForbiddenRange(f"{item.name} ({patch})", item.new_start, item.new_start + item.new_size)
         for item in contents.functions
         if item.new_size
     ]
     text = [
-        ForbiddenRange(item.start, item.start + item.size, patch)
+        ForbiddenRange(patch, item.start, item.start + item.size)
         for item in contents.segments
         if item.flags & PF_X
     ]
     jumps = [
-        ForbiddenRange(entry.address, entry.address + len(entry.after), f"entry at {entry.address:#x}")
+        ForbiddenRange(f"entry at {entry.address:#x}", entry.address, entry.address + len(entry.after))
         for entry in contents.journal
     ]
     return [*functions, *_old_ranges(contents), *text, *jumps]
@@ -345,7 +336,7 @@ def disjoint(ranges: Iterable[ForbiddenRange]) -> tuple[ForbiddenRange, ...]:
     for index in sorted(owners):
         start, end, name = cuts[index], cuts[index + 1], owners[index].name
         if out and out[-1].end == start and out[-1].name == name:
-            out[-1] = ForbiddenRange(out[-1].start, end, name)
+            out[-1] = ForbiddenRange(name, out[-1].start, end)
         else:
-            out.append(ForbiddenRange(start, end, name))
+            out.append(ForbiddenRange(name, start, end))
     return tuple(out)

@@ -5,8 +5,10 @@ Formats are those of proc(5). Everything here is a snapshot; nothing here needs 
 
 from __future__ import annotations
 
+import bisect
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from elfdiff.errors import BadInput, LivegraftError, NotPermitted
@@ -152,6 +154,17 @@ def mappings(pid: int) -> tuple[Mapping, ...]:
     return tuple(parse_mapping(line) for line in read_proc_file(pid, "maps").split("\n") if line)
 
 
+def mapping_over(maps: Sequence[Mapping], start: int, size: int) -> Mapping | None:
+    """Return the mapping that holds all of [start, start + size), or None. ``maps`` rise by address.
+
+    The kernel merges neighbouring mappings that are alike, so a range may lie inside of a larger one.
+    """
+    index = bisect.bisect_right(maps, start, key=lambda mapping: mapping.start) - 1
+    if index < 0 or start + size > maps[index].end:
+        return None
+    return maps[index]
+
+
 def thread_ids(pid: int) -> tuple[int, ...]:
     """Return the ids of all threads of a process, ascending; a zombie leader is among them.
 
@@ -198,6 +211,18 @@ def start_brk(pid: int) -> int:
     Raises BadInput (no such process).
     """
     return _stat_field(read_proc_file(pid, "stat"), _STAT_START_BRK)
+
+
+def stack_limit(pid: int) -> int | None:
+    """Return the soft RLIMIT_STACK of a process in bytes, None for unlimited (``/proc/PID/limits``).
+
+    Raises BadInput (no such process).
+    """
+    for line in read_proc_file(pid, "limits").split("\n"):
+        if line.startswith("Max stack size"):
+            soft = line.removeprefix("Max stack size").split()[0]
+            return None if soft == "unlimited" else int(soft)
+    raise LivegraftError(f"/proc/{pid}/limits says nothing about the stack")
 
 
 def mmap_min_addr() -> int:

@@ -40,10 +40,13 @@ from .proc import Mapping
 
 MAGIC = b"LVGRAFT\x01"
 FORMAT_VERSION = 1
-MEMFD_PREFIX = "livegraft:"
+MEMFD_PATH = "/memfd:livegraft"
+"""How ``/proc/PID/maps`` and ``/proc/PID/fd`` show the memory files that ``RemoteCaller`` makes."""
 STATE_OFFSET = 16
+FIRST_SLOT = 64
+"""Offset of the slot that a new record has in force."""
 _HEADER = struct.Struct("<8sIIQ")
-_HEADER_SIZE = 64
+_HEADER_SIZE = FIRST_SLOT
 _SLOT_HEADER = struct.Struct("<Q32s")
 _PAGE = 4096
 _MAX_RECORD = 64 << 20
@@ -158,11 +161,6 @@ class DamagedRecord:
 
     address: int
     why: str
-
-
-def memfd_name(patch_id: str) -> str:
-    """Return the name of the memory file that holds a patch: what ``/proc/PID/maps`` shows."""
-    return MEMFD_PREFIX + patch_id[:12]
 
 
 def segment_digest(data: bytes) -> str:
@@ -396,7 +394,7 @@ def find_records(
 def _may_hold_record(mapping: Mapping) -> bool:
     if mapping.perms != "rw-p" or mapping.size > _MAX_RECORD:
         return False
-    return not mapping.path or mapping.path.startswith("/memfd:" + MEMFD_PREFIX)
+    return mapping.path in ("", MEMFD_PATH)
 
 
 def _has_magic(mapping: Mapping, memory: Memory) -> bool:

@@ -15,8 +15,8 @@ from elfdiff.errors import NotPermitted, TargetDamaged
 from .exclusive import exclusive
 from .memory import Memory
 from .modules import Module, modules
-from .proc import Mapping, mappings, status
-from .record import MEMFD_PREFIX, DamagedRecord, Record, find_records, permissions, segment_digest
+from .proc import Mapping, mapping_over, mappings, status
+from .record import MEMFD_PATH, DamagedRecord, Record, find_records, permissions, segment_digest
 from .tracees import require_traceable
 
 # Not the file that a single remote call locks: this lock is held around many of them.
@@ -84,7 +84,7 @@ def leaked_descriptors(pid: int) -> tuple[int, ...]:
             path = os.readlink(f"{folder}/{name}")  # noqa: PTH115
         except FileNotFoundError:
             continue  # closed between the two looks
-        if path.startswith("/memfd:" + MEMFD_PREFIX):
+        if path.removesuffix(" (deleted)") == MEMFD_PATH:
             found.append(int(name))
     return tuple(sorted(found))
 
@@ -96,12 +96,11 @@ def own_mappings(record: Record, maps: Sequence[Mapping], memory: Memory) -> tup
     own there since. Mappings of a memory file are ours if it is the file of the record; anonymous ones if
     place, size, protection and contents are those that the record says.
     """
-    at = {mapping.start: mapping for mapping in maps}
-    home = at[record.address]
+    home = mapping_over(maps, record.address, record.size)
     found = []
     for segment in record.contents.segments:
-        mapping = at.get(segment.start)
-        if mapping is None or mapping.size != segment.size or mapping.perms != permissions(segment.flags):
+        mapping = mapping_over(maps, segment.start, segment.size)
+        if home is None or mapping is None or mapping.perms != permissions(segment.flags):
             continue
         if (mapping.device, mapping.inode, mapping.path) != (home.device, home.inode, home.path):
             continue

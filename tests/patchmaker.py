@@ -166,8 +166,8 @@ def _segments(new: Linked, functions: tuple[PatchFunction, ...]) -> tuple[Segmen
     high = -(-max(item.new_start + item.new_size for item in functions) // PAGE) * PAGE
     text = bytearray([INT3]) * (high - low)  # whatever is not meant to run must not be run
     for item in functions:
-        text[item.new_start - low :][: item.new_size] = b""
-        text[item.new_start - low : item.new_start - low] = new.read(item.new_start, item.new_size)
+        start = item.new_start - low
+        text[start : start + item.new_size] = new.read(item.new_start, item.new_size)
     segments = [Segment(low, high - low, 5, bytes(text))]
     start = min(start for start, _ in new.rodata)
     end = max(end for _, end in new.rodata)

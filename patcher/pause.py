@@ -1,0 +1,207 @@
+"""The pause: all threads stopped, stacks checked, the plan carried out, all threads let go.
+
+Nothing is computed here that could have been computed before. What was read while the plan was made is
+compared once more, since the program ran on in between.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from elfdiff.errors import Busy, LivegraftError, TargetDamaged
+
+from . import ptrace
+from .memory import Memory
+from .modules import Module, module_of
+from .plan import PageWrite, Plan, StateWrite
+from .forbidden import ForbiddenRange
+from .quiescence import LiveFrame, StackCheck
+from .record import STATE_OFFSET
+from .stopping import SeizedProcess, seize
+from .target import Snapshot
+from .unwindtables import UnwindTable
+
+OnStep = Callable[[str], None]
+"""Called with a name at every point at which the death of this process leaves something else behind."""
+
+_FIRST_INTERVAL = 0.01
+_LONGEST_INTERVAL = 0.5
+_MAX_STACK_LINES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """How it went: length of the pause that did it, from the first PTRACE_INTERRUPT to the last
+    PTRACE_DETACH.
+
+    ``tries`` counts the stops, the last one included; ``realtime`` says whether it ran under SCHED_FIFO.
+    """
+
+    pause_ns: int
+    tries: int
+    threads: int
+    unwound: int
+    realtime: bool
+
+
+def carry_out(
+    plan: Plan, seen: Snapshot, memory: Memory, timeout: float, on_step: OnStep, *, write: bool = True
+) -> Pause:
+    """Stop the process until none of the plan's functions is live, and carry out the plan then.
+
+    ``timeout`` is in seconds, for all tries together. Without ``write`` everything is done but the writing.
+    Raises Busy where a function stayed live, or a thread did not stop; LivegraftError where a write failed
+    and all was put back; TargetDamaged where that failed too.
+    """
+    deadline = time.monotonic() + timeout
+    interval = _FIRST_INTERVAL
+    tries = 0
+    with StackCheck(memory, plan.forbidden, patch_tables(seen)) as check:
+        while True:
+            tries += 1
+            try:
+                done = _one_stop(plan, check, memory, tries, on_step if write else None)
+            except _NotQuiescent as error:
+                busy = _busy(error.live, seen, plan.forbidden, timeout, tries)
+            except Busy as error:
+                busy = error
+            else:
+                return done
+            if time.monotonic() + interval >= deadline:
+                raise busy
+            time.sleep(interval)
+            interval = min(2 * interval, _LONGEST_INTERVAL)
+            check.refresh()
+
+
+class _NotQuiescent(Exception):
+    """A function is live; never leaves this module."""
+
+    def __init__(self, live: tuple[LiveFrame, ...]) -> None:
+        super().__init__("not quiescent")
+        self.live = live
+
+
+def _one_stop(plan: Plan, check: StackCheck, memory: Memory, tries: int, on_step: OnStep | None) -> Pause:
+    with seize(memory.pid) as process:
+        process.stop()
+        threads = process.threads
+        result = check.check(threads)
+        if result.live:
+            raise _NotQuiescent(result.live)
+        _require_unchanged(plan, memory)
+        if on_step is not None:
+            _write(plan, process, memory, on_step)
+        process.resume_and_detach()
+        return Pause(process.pause_ns, tries, len(threads), result.unwound, process.realtime)
+
+
+def _require_unchanged(plan: Plan, memory: Memory) -> None:
+    """Compare what the plan will overwrite with what it was when the plan was made."""
+    words = {write.record: write.before for write in reversed((*plan.first, *plan.last))}
+    expected = [(write.address, write.before) for write in plan.pages]
+    expected += [(record + STATE_OFFSET, word) for record, word in words.items()]
+    held = memory.read_many([(address, len(data)) for address, data in expected])
+    for (address, data), now in zip(expected, held, strict=True):
+        if now != data:
+            raise LivegraftError(
+                f"process {memory.pid} changed while the patch was being prepared",
+                why=f"the bytes at {address:#x} are others than a moment ago",
+                next_step="try again",
+            )
+
+
+def _write(plan: Plan, process: SeizedProcess, memory: Memory, on_step: OnStep) -> None:
+    tid = process.threads[0].tid
+    memory.poke = lambda address, word: ptrace.poke_word(tid, address, word)
+    pages: list[PageWrite] = []
+    states: list[StateWrite] = []
+    try:
+        _write_states(plan.first, memory, states)
+        on_step("begun")
+        for page in plan.pages:
+            pages.append(page)
+            memory.write(page.address, page.after)
+            on_step("page")
+        _write_states(plan.last, memory, states, on_step)
+    except BaseException as error:
+        _roll_back(pages, states, memory, error)
+        raise
+    finally:
+        memory.poke = None
+
+
+def _write_states(
+    writes: Sequence[StateWrite], memory: Memory, done: list[StateWrite], on_step: OnStep | None = None
+) -> None:
+    for write in writes:
+        done.append(write)
+        memory.write(write.record + STATE_OFFSET, write.after)
+        if on_step is not None:
+            on_step("state")
+
+
+def _roll_back(
+    pages: Sequence[PageWrite], states: Sequence[StateWrite], memory: Memory, error: BaseException
+) -> None:
+    try:
+        for page in reversed(pages):
+            memory.write(page.address, page.before)
+        for state in reversed(states):
+            memory.write(state.record + STATE_OFFSET, state.before)
+    except LivegraftError as failure:
+        raise TargetDamaged(
+            f"process {memory.pid} is patched in part",
+            why=f"a write failed ({error}), and so did putting back what was there ({failure.what}: {failure.why})",
+            next_step=f"livegraft revert --pid {memory.pid}, or restart the program",
+        ) from error
+
+
+def patch_tables(seen: Snapshot) -> tuple[UnwindTable, ...]:
+    """Return the unwind tables of the code that patches have brought into the process."""
+    return tuple(
+        UnwindTable(
+            f"patch {record.short_id}", segment.start, segment.start + segment.size, record.contents.eh_frame_hdr
+        )
+        for record in seen.records
+        for segment in record.contents.segments
+        if segment.flags & 1
+    )
+
+
+def _busy(
+    live: Sequence[LiveFrame], seen: Snapshot, forbidden: Sequence[ForbiddenRange], timeout: float, tries: int
+) -> Busy:
+    first = live[0]
+    names = ", ".join(dict.fromkeys(frame.name for frame in live))
+    details = []
+    for frame in live:
+        sure = "is in" if frame.certain else "may be in"
+        details.append(f"thread {frame.tid} {sure} {frame.name}: {frame.why}")
+        details += [
+            f"    #{depth} {pc:#x} {describe(pc, depth, seen.modules, forbidden)}"
+            for depth, pc in enumerate(frame.stack[:_MAX_STACK_LINES])
+        ]
+    return Busy(
+        f"{names} stayed live in process {seen.pid} ({seen.name})",
+        why=f"thread {first.tid} {'is' if first.certain else 'may be'} in {first.name}; looked {tries} times "
+        f"in {timeout:g} s",
+        next_step="try again when the program does something else, or with a longer --timeout",
+        details=tuple(details),
+    )
+
+
+def describe(pc: int, depth: int, loaded: Sequence[Module], forbidden: Sequence[ForbiddenRange]) -> str:
+    """Return the name of the code at ``pc`` as well as it is known: a patched function, or module+offset.
+
+    Frames but the innermost (``depth`` 0) hold return addresses, which may lie behind the end of their
+    function.
+    """
+    inside = pc - (depth > 0)
+    for item in forbidden:
+        if item.start <= inside < item.end:
+            return f"{item.name}+{pc - item.start:#x}"
+    module = module_of(loaded, pc)
+    return f"{module.name}+{pc - module.bias:#x}" if module else "?"

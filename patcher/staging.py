@@ -1,0 +1,281 @@
+"""Staging: bringing a patch into a process without putting it in force.
+
+Either the mappings of an earlier application of the same patch are taken again (they stay after a revert,
+because pointers into their constants may live on), or new ones are made. Nothing of the program's own is
+changed here, and everything can be taken out again.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from elfdiff.errors import Refused
+
+from .binding import PF_W, Binding, BoundSegment, relocate
+from .mapping import (
+    Image,
+    PlaceTaken,
+    fill_memory_file,
+    make_memory_file,
+    map_image,
+    may_not_be_executed,
+    unmap,
+)
+from .memory import Memory
+from .placement import MARGIN, Surroundings, candidates, stack_reserve
+from .plan import Plan, Situation, journal_for_apply, plan_apply, removed_ranges
+from .proc import mapping_over, mmap_min_addr, stack_limit, start_brk
+from .record import (
+    FIRST_SLOT,
+    Contents,
+    Record,
+    RecordedFunction,
+    RecordedSegment,
+    State,
+    encode_record,
+    encode_slot,
+    free_slot,
+    permissions,
+    record_size,
+    segment_digest,
+)
+from .remote import RemoteCaller, RemoteCallError
+from .target import Snapshot, leaked_descriptors, own_mappings
+
+OnStep = Callable[[str], None]
+"""Called with a name at every point at which the death of this process leaves something else behind."""
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A patch that is in the process and not in force; ``spans`` are the mappings made for it."""
+
+    contents: Contents
+    plan: Plan
+    spans: tuple[tuple[int, int], ...]
+    mapped_bytes: int
+
+
+def stage(
+    binding: Binding, now: Situation, seen: Snapshot, memory: Memory, tool_version: str, on_step: OnStep
+) -> Staged:
+    """Bring the patch into the process and return the plan that puts it in force.
+
+    Raises Refused where there is no room or the entries are not as known, Busy and LivegraftError where the
+    target could not be made to map memory; then nothing of the patch is left in it.
+    """
+    for record in (*now.active, *now.idle):
+        if record.contents.patch == binding.patch.id and _is_whole(record, binding, seen, memory):
+            staged = _stage_again(record, binding, now, memory, tool_version)
+            if staged is not None:
+                _sweep(seen, memory)
+                return staged
+    return _stage_anew(binding, now, seen, memory, tool_version, on_step)
+
+
+def unstage(staged: Staged, pid: int, memory: Memory) -> None:
+    """Take out again what ``stage`` has mapped. Raises LivegraftError, Busy."""
+    if staged.spans:
+        with RemoteCaller(pid, memory) as caller:
+            unmap(caller, staged.spans)
+
+
+def _is_whole(record: Record, binding: Binding, seen: Snapshot, memory: Memory) -> bool:
+    """Whether all mappings of a record are in place, with the bytes that the patch has today."""
+    for segment in record.contents.segments:
+        mapping = mapping_over(seen.maps, segment.start, segment.size)
+        if mapping is None or mapping.perms != permissions(segment.flags):
+            return False
+    if not record.contents.segments:
+        return False
+    bound = relocate(binding, record.contents.new_bias)
+    constant = [item for item in bound if not item.flags & PF_W]
+    held = memory.read_many([(item.start, len(item.data)) for item in constant])
+    return all(item.data == data for item, data in zip(constant, held, strict=True))
+
+
+def _stage_again(
+    record: Record, binding: Binding, now: Situation, memory: Memory, tool_version: str
+) -> Staged | None:
+    """Use the mappings of an idle or interrupted record; None where its slot is too small for what it
+    replaces.
+
+    Variables that the patch brought keep their values, as pointers to them may.
+    """
+    bias = record.contents.new_bias
+    journal = journal_for_apply(binding, bias, now, memory.read_many)
+    replaces = tuple(item.contents.instance for item in now.active if item.address != record.address)
+    contents = replace(
+        record.contents,
+        instance=secrets.token_hex(8),
+        tool_version=tool_version,
+        time=int(time.time()),
+        journal=journal,
+        replaces=replaces,
+    )
+    data = encode_slot(contents)
+    slot = free_slot(record, data)
+    if slot is None:
+        return None
+    memory.write(record.address + slot, data)  # not in force until its state word says so
+    plan = plan_apply(record, contents, slot, now, memory.read_many, removed_ranges(binding))
+    mapped = record.size + sum(item.size for item in contents.segments)
+    return Staged(contents, plan, (), mapped)
+
+
+def _sweep(seen: Snapshot, memory: Memory) -> None:
+    """Take away what patchers that were killed have left: mappings never in force, open memory files."""
+    spans = _garbage(seen, memory)
+    descriptors = leaked_descriptors(seen.pid)
+    if spans or descriptors:
+        with RemoteCaller(seen.pid, memory) as caller:
+            _remove(caller, spans, descriptors)
+
+
+def _garbage(seen: Snapshot, memory: Memory) -> tuple[tuple[int, int], ...]:
+    prepared = [record for record in seen.records if record.state is State.PREPARED]
+    return tuple(span for record in prepared for span in own_mappings(record, seen.maps, memory))
+
+
+def _remove(
+    caller: RemoteCaller, spans: Sequence[tuple[int, int]], descriptors: Sequence[int]
+) -> None:
+    unmap(caller, spans)
+    for descriptor in descriptors:
+        caller.close(descriptor)
+
+
+def bases(binding: Binding, seen: Snapshot, size: int) -> tuple[int, ...]:
+    """Return where a block of ``size`` bytes may be put for this binding, best first. Raises Refused."""
+    module = binding.module
+    around = Surroundings(
+        seen.maps, start_brk(seen.pid), mmap_min_addr(), stack_reserve(stack_limit(seen.pid))
+    )
+    return candidates(around, module.low, module.high, size, module.fixed_address)
+
+
+def _stage_anew(
+    binding: Binding, now: Situation, seen: Snapshot, memory: Memory, tool_version: str, on_step: OnStep
+) -> Staged:
+    _sweep(seen, memory)
+    # The size of a record depends on where the patch is, by the digits of its addresses.
+    room = 2 * record_size(make_draft(binding, binding.module.low, now, memory, tool_version).contents)
+    span = binding.patch.high - binding.patch.low
+    taken: PlaceTaken | None = None
+    for base in bases(binding, seen, span + MARGIN + room):
+        draft = make_draft(binding, base, now, memory, tool_version)
+        try:
+            return _map_at(binding, draft, base + span + MARGIN, now, memory, on_step)
+        except PlaceTaken as error:
+            taken = error
+    raise Refused(
+        "there is no room for the patch",
+        why="the program has mapped something at every place that was free a moment ago",
+        next_step="try again",
+    ) from taken
+
+
+def _map_at(
+    binding: Binding, draft: Draft, record_at: int, now: Situation, memory: Memory, on_step: OnStep
+) -> Staged:
+    """Map a draft, from a memory file if possible; the plan is made first, since it may refuse."""
+    size = record_size(draft.contents)
+    own = Record(record_at, size, State.PREPARED, State.PREPARED, FIRST_SLOT, draft.contents)
+    plan = plan_apply(own, draft.contents, FIRST_SLOT, now, memory.read_many, removed_ranges(binding))
+    contents = draft.contents
+    image = Image(record_at, encode_record(contents), draft.segments)
+    if not _map_sealed(image, memory, on_step):
+        contents = replace(contents, sealed=False)
+        image = replace(image, record_bytes=encode_record(contents))
+        with RemoteCaller(memory.pid, memory) as caller:
+            map_image(caller, memory, image, None)
+    on_step("mapped")
+    return Staged(contents, plan, image.spans, sum(size for _, size in image.spans))
+
+
+def _map_sealed(image: Image, memory: Memory, on_step: OnStep) -> bool:
+    """Map from a memory file; False where the target can have none, or may not execute it.
+
+    Two visits: between them the file is filled from here, and no thread of the target is held for that.
+    """
+    with RemoteCaller(memory.pid, memory) as caller:
+        descriptor = make_memory_file(caller)
+    if descriptor is None:
+        return False
+    on_step("memory file")
+    try:
+        fill_memory_file(memory.pid, descriptor, image)
+    except BaseException:
+        with RemoteCaller(memory.pid, memory) as caller:
+            caller.close(descriptor)
+        raise
+    with RemoteCaller(memory.pid, memory) as caller:
+        try:
+            return _map_or_not(caller, memory, image, descriptor)
+        finally:
+            caller.close(descriptor)
+
+
+def _map_or_not(caller: RemoteCaller, memory: Memory, image: Image, descriptor: int) -> bool:
+    try:
+        map_image(caller, memory, image, descriptor)
+    except RemoteCallError as error:
+        if may_not_be_executed(error):
+            return False
+        raise
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A patch bound to a place: what its record will say, and its segments."""
+
+    contents: Contents
+    segments: tuple[BoundSegment, ...]
+
+
+def make_draft(binding: Binding, base: int, now: Situation, memory: Memory, tool_version: str) -> Draft:
+    """Return the patch as it will be when its lowest byte is at ``base``. Writes nothing.
+
+    Raises Refused where a reference does not reach, or an entry jump cannot be placed.
+    """
+    patch = binding.patch
+    bias = base - patch.low
+    segments = relocate(binding, bias)
+    contents = Contents(
+        patch=patch.id,
+        instance=secrets.token_hex(8),
+        tool_version=tool_version,
+        time=int(time.time()),
+        sealed=True,
+        old=patch.old,
+        old_bias=binding.old_bias,
+        new=patch.new,
+        new_bias=bias,
+        eh_frame_hdr=None if patch.eh_frame_hdr is None else patch.eh_frame_hdr + bias,
+        segments=tuple(
+            RecordedSegment(item.start, len(item.data), item.flags, segment_digest(item.data))
+            for item in segments
+        ),
+        functions=_functions(binding, bias),
+        journal=journal_for_apply(binding, bias, now, memory.read_many),
+        replaces=tuple(record.contents.instance for record in now.active),
+    )
+    return Draft(contents, segments)
+
+
+def _functions(binding: Binding, bias: int) -> tuple[RecordedFunction, ...]:
+    return tuple(
+        RecordedFunction(
+            name=item.name,
+            old_start=None if item.old_start is None else item.old_start + binding.old_bias,
+            old_size=item.old_size,
+            new_start=item.new_start + bias,
+            new_size=item.new_size,
+            entry_jump=item.entry_jump,
+        )
+        for item in binding.patch.functions
+    )

@@ -1,0 +1,240 @@
+"""Apply, revert, check: each a transaction on one process, all or nothing.
+
+What can be computed is computed while the program runs; then comes the pause. A target that was not changed
+is as it was before, and one whose patcher was killed can be finished or undone by the next command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from elfdiff.errors import BadInput, LivegraftError, Refused
+from elfdiff.patchobject import PatchObject
+
+from .binding import Binding, bind
+from .memory import Memory
+from .modules import Module
+from .pause import Pause, carry_out
+from .placement import MARGIN
+from .plan import Plan, Situation, plan_apply, plan_revert, removed_ranges, situation
+from .record import FIRST_SLOT, INTERRUPTED, Contents, Record, State, record_size
+from .staging import Staged, bases, make_draft, stage, unstage
+from .target import Snapshot, open_target, require_intact, take_snapshot
+from .version import VERSION
+
+DEFAULT_TIMEOUT = 10.0
+"""Seconds to wait for patched functions to be idle."""
+
+
+def _no_step(name: str) -> None:
+    del name
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a transaction did. ``state`` is the record's now; ``already`` says that nothing had to be done.
+
+    ``pause`` is None where nothing was stopped; ``mapped_bytes`` is what the patch occupies in the process;
+    ``others`` are records whose state changed with it (replaced, or undone).
+    """
+
+    pid: int
+    process: str
+    contents: Contents
+    state: State
+    already: bool
+    pause: Pause | None
+    mapped_bytes: int
+    others: tuple[Record, ...]
+
+
+def apply(
+    pid: int,
+    patch: PatchObject,
+    *,
+    timeout: float = DEFAULT_TIMEOUT,
+    on_step: Callable[[str], None] = _no_step,
+) -> Outcome:
+    """Put ``patch`` in force in process ``pid``, in place of any other patch of the same image.
+
+    ``timeout`` (seconds) is for the functions to become idle. ``on_step`` is called at each point at which
+    the death of this process leaves something else behind, for tests.
+
+    Raises BadInput, NotPermitted, Refused, Busy (a function stayed live), LivegraftError; in all these cases
+    the target is as before. TargetDamaged where it is not.
+    """
+    with open_target(pid) as memory:
+        seen, binding, now = _bind(pid, patch, memory)
+        if _in_force(now, patch, memory):
+            assert now.applied is not None
+            return _already(seen, now.applied)
+        staged = stage(binding, now, seen, memory, VERSION, on_step)
+        pause = _commit(staged, seen, memory, timeout, on_step)
+        others = tuple(record for record in now.active if record.contents.patch != patch.id)
+        return Outcome(
+            pid, seen.name, staged.contents, State.APPLIED, False, pause, staged.mapped_bytes, others
+        )
+
+
+def check(pid: int, patch: PatchObject, *, timeout: float = DEFAULT_TIMEOUT) -> Outcome:
+    """Do all that ``apply`` does but the writing: every check, and stops of the process to look at its
+    stacks.
+
+    ``state`` of the outcome is PREPARED where ``apply`` would have put the patch in force. Raises as
+    ``apply``.
+    """
+    with open_target(pid) as memory:
+        seen, binding, now = _bind(pid, patch, memory)
+        if _in_force(now, patch, memory):
+            assert now.applied is not None
+            return _already(seen, now.applied)
+        contents, plan = _rehearse(binding, now, seen, memory)
+        pause = carry_out(plan, seen, memory, timeout, _no_step, write=False)
+        mapped = record_size(contents) + sum(item.size for item in contents.segments)
+        return Outcome(pid, seen.name, contents, State.PREPARED, False, pause, mapped, now.active)
+
+
+def _bind(pid: int, patch: PatchObject, memory: Memory) -> tuple[Snapshot, Binding, Situation]:
+    seen = take_snapshot(pid, memory)
+    require_intact(seen)
+    binding = bind(patch, seen.modules, memory, seen.records)
+    return seen, binding, situation(seen.records, binding.module)
+
+
+def _in_force(now: Situation, patch: PatchObject, memory: Memory) -> bool:
+    """Whether the patch is applied, whole, with nothing left to finish."""
+    if now.applied is None or now.interrupted or now.applied.contents.patch != patch.id:
+        return False
+    journal = now.applied.contents.journal
+    held = memory.read_many([(entry.address, len(entry.after)) for entry in journal])
+    return all(entry.after == data for entry, data in zip(journal, held, strict=True))
+
+
+def _already(seen: Snapshot, record: Record) -> Outcome:
+    return Outcome(seen.pid, seen.name, record.contents, record.state, True, None, mapped_bytes(record), ())
+
+
+def mapped_bytes(record: Record) -> int:
+    """Return how much of the process's address space a patch occupies, its record included."""
+    return record.size + sum(segment.size for segment in record.contents.segments)
+
+
+def _commit(
+    staged: Staged, seen: Snapshot, memory: Memory, timeout: float, on_step: Callable[[str], None]
+) -> Pause:
+    try:
+        return carry_out(staged.plan, seen, memory, timeout, on_step)
+    except BaseException as error:
+        try:
+            unstage(staged, seen.pid, memory)
+        except LivegraftError as failure:
+            # The first error is what the user must know; what is left in the target is harmless and is
+            # removed by the next apply.
+            error.add_note(f"the unused mappings could not be removed: {failure.what}: {failure.why}")
+        raise
+
+
+def _rehearse(
+    binding: Binding, now: Situation, seen: Snapshot, memory: Memory
+) -> tuple[Contents, Plan]:
+    """What ``stage`` would do at the first place that it would try."""
+    draft = make_draft(binding, binding.module.low, now, memory, VERSION)
+    span = binding.patch.high - binding.patch.low
+    base = bases(binding, seen, span + MARGIN + 2 * record_size(draft.contents))[0]
+    contents = make_draft(binding, base, now, memory, VERSION).contents
+    own = Record(
+        base + span + MARGIN, record_size(contents), State.PREPARED, State.PREPARED, FIRST_SLOT, contents
+    )
+    plan = plan_apply(own, contents, FIRST_SLOT, now, memory.read_many, removed_ranges(binding))
+    # There is no record yet whose state word could be compared.
+    return contents, Plan((), plan.pages, (), plan.forbidden)
+
+
+def revert(
+    pid: int,
+    patch_id: str = "",
+    *,
+    timeout: float = DEFAULT_TIMEOUT,
+    on_step: Callable[[str], None] = _no_step,
+) -> Outcome:
+    """Take a patch out of force: the one whose id begins with ``patch_id``, or the only one there is.
+
+    The functions get the bytes of their file back. A patch whose apply was interrupted is undone: what was in
+    force before it is in force again. Its mappings stay, because pointers into its constants may live on.
+    Raises BadInput where no patch or more than one is meant; otherwise as ``apply``.
+    """
+    with open_target(pid) as memory:
+        seen = take_snapshot(pid, memory)
+        require_intact(seen)
+        record = _choose(seen, patch_id)
+        if record.state is State.REVERTED:
+            return _already(seen, record)
+        module = _module_of(record, seen)
+        now = situation(seen.records, module)
+        plan = plan_revert(record, now, memory.read_many)
+        pause = carry_out(plan, seen, memory, timeout, on_step)
+        others = tuple(item for item in now.interrupted if item.address != record.address)
+        return Outcome(
+            pid, seen.name, record.contents, State.REVERTED, False, pause, mapped_bytes(record), others
+        )
+
+
+def _module_of(record: Record, seen: Snapshot) -> Module:
+    contents = record.contents
+    for module in seen.modules:
+        if (module.build_id, module.bias) == (contents.old.build_id, contents.old_bias):
+            return module
+    raise Refused(
+        f"{contents.old.name} is no longer mapped where patch {record.short_id} found it",
+        why="the program has unloaded the image; its functions and the entry jumps in them are gone",
+        next_step="nothing is to be reverted",
+    )
+
+
+def _choose(seen: Snapshot, patch_id: str) -> Record:
+    known = [item for item in seen.records if item.state is not State.PREPARED]
+    matching = [item for item in known if item.contents.patch.startswith(patch_id.lower())]
+    if not matching:
+        raise _no_such_patch(seen, patch_id, known)
+    active = [item for item in matching if item.state is State.APPLIED or item.interrupted]
+    # What was interrupted comes first: it stands between the process and any one state.
+    for candidates in ([item for item in active if item.state in INTERRUPTED], active):
+        if len(candidates) == 1:
+            return candidates[0]
+        if candidates:
+            raise _which(seen, candidates)
+    return _idle(seen, matching)
+
+
+def _idle(seen: Snapshot, matching: Sequence[Record]) -> Record:
+    reverted = [item for item in matching if item.state is State.REVERTED]
+    if reverted:
+        return max(reverted, key=lambda item: item.contents.time)
+    raise BadInput(
+        f"patch {matching[0].short_id} is not in force in process {seen.pid}",
+        why="another patch of the same image has replaced it",
+        next_step=f"see which one is in force: livegraft status --pid {seen.pid}",
+    )
+
+
+def _no_such_patch(seen: Snapshot, patch_id: str, known: Sequence[Record]) -> BadInput:
+    if not known:
+        return BadInput(
+            f"process {seen.pid} ({seen.name}) carries no patch",
+            why="none was applied since the program was started",
+            next_step=f"see what a process carries: livegraft status --pid {seen.pid}",
+        )
+    return BadInput(
+        f"process {seen.pid} ({seen.name}) carries no patch {patch_id}",
+        why=f"it carries {', '.join(sorted({item.short_id for item in known}))}",
+        next_step=f"livegraft revert --pid {seen.pid} {known[0].short_id}",
+    )
+
+
+def _which(seen: Snapshot, candidates: Sequence[Record]) -> BadInput:
+    return BadInput(
+        f"several patches are in force in process {seen.pid} ({seen.name})",
+        why=", ".join(f"{item.short_id} of {item.contents.old.name}" for item in candidates),
+        next_step=f"say which: livegraft revert --pid {seen.pid} {candidates[0].short_id}",
+    )
