@@ -238,9 +238,7 @@ class _Interpreter:
         if self.cfa is None:
             code.fail("a row has no rule for the CFA")
         rules = MappingProxyType(dict(self.rules))
-        row = UnwindRow(
-            self.location, self.cfa, rules, self.cie.return_address_register, self.cie.is_signal_frame
-        )
+        row = UnwindRow(self.location, self.cfa, rules, self.cie.return_address_register, self.cie.is_signal_frame)
         self.rows.append(row)
 
     def encoded_address(self, code: Cursor) -> int:

@@ -22,8 +22,6 @@ from elfdiff.image import Addresses, Image, Kind
 LEA = 0x8D
 NOP_MODRM, NOP, INT3 = 0x11F, 0x90, 0xCC
 
-ADDRESSABLE = (Kind.TEXT, Kind.PLT, Kind.GOT, Kind.CONSTANT, Kind.RELRO, Kind.DATA, Kind.BSS)
-
 
 class FieldKind(IntEnum):
     """What the bytes of a reference are. The first six equal ``decode_x86_64.RefKind``."""
@@ -224,7 +222,7 @@ def _references(
     at = np.nonzero(is_start & decoded.valid)[0]
     columns = [_relative_fields(raw, decoded, at)]
     if image.fixed_address:
-        columns += _absolute_fields(image, raw, decoded, at)
+        columns += _absolute_fields(image, raw, decoded, at, base, starts, ends)
     instruction, offset, kind, target = (np.concatenate(c) for c in zip(*columns, strict=True))
     order = np.lexsort((offset, instruction))
     instruction, offset, kind, target = instruction[order], offset[order], kind[order], target[order]
@@ -264,8 +262,23 @@ def _relative_fields(raw: NDArray[np.uint8], decoded: Decoded, at: NDArray[np.in
     return at, offset, kind, at + decoded.length[at] + displacement
 
 
-def _absolute_fields(image: Image, raw: NDArray[np.uint8], decoded: Decoded, at: NDArray[np.int64]) -> list[_Columns]:
-    """Fields of a fixed-address image whose value lies in one of its sections; targets are absolute."""
+def _absolute_fields(
+    image: Image,
+    raw: NDArray[np.uint8],
+    decoded: Decoded,
+    at: NDArray[np.int64],
+    base: int,
+    starts: Addresses,
+    ends: Addresses,
+) -> list[_Columns]:
+    """Fields of a fixed-address image whose value lies in it, behind its headers; targets are absolute.
+
+    An address of code is one only where a function starts, or inside the function itself (a label): other numbers
+    in the range of the code are numbers.
+    """
+    high = image.sections[-1].end
+    owner = np.zeros(len(raw), np.int64)
+    owner[at] = np.searchsorted(starts, at + base, "right") - 1
     found = []
     for fields, sizes, size, kind in (
         (decoded.disp_field, None, 4, FieldKind.ABSOLUTE_DISPLACEMENT),
@@ -277,8 +290,11 @@ def _absolute_fields(image: Image, raw: NDArray[np.uint8], decoded: Decoded, at:
         value = _int32(raw, place)
         if size == 8:
             value = (value & 0xFFFFFFFF) | (_int32(raw, place + 4) << 32)
-        named = np.isin(image.kinds(value), ADDRESSABLE)
-        which = at[has][named]
+        which = at[has]
+        label = (value >= starts[owner[which]]) & (value < ends[owner[which]])
+        code = np.isin(value, starts) | label | (image.kinds(value) != Kind.TEXT)
+        named = (value >= base) & (value <= high) & code
+        which = which[named]
         kinds = np.full(len(which), kind, np.uint8)
         found.append((which, place[named] - which, kinds, value[named]))
     return found

@@ -97,6 +97,17 @@ class _Side:
         last = int(np.searchsorted(named, address + size, "left"))
         return named[first:last] - address
 
+    def string_alone(self, address: int) -> bytes | None:
+        """The string at an address when nothing but zeros follows it up to the next named address."""
+        named = self.code.referenced
+        following = int(np.searchsorted(named, address, "right"))
+        section = self.image.section_at(address)
+        if section is None or section.kind is not Kind.CONSTANT:
+            return None
+        end = min(int(named[following]), section.end) if following < len(named) else section.end
+        raw = bytes(self.content(address, end - address))
+        return raw.rstrip(b"\0") if _fills(raw) else None
+
     def content(self, address: int, size: int) -> memoryview:
         """What the file holds there."""
         return self.view[address - self.base : address - self.base + size]
@@ -142,6 +153,9 @@ class _Comparer:
         if first is not None and second is not None:
             equal = self._same_targets(first, second)
             return Segment(o, n, first.end - o, equal, whole=True, closed=True)
+        text = self.old.string_alone(o)
+        if text is not None and text == self.new.string_alone(n):
+            return Segment(o, n, len(text) + 1, equal=True, whole=True, closed=True)
         left, right = self.old.next_pinned(o) - o, self.new.next_pinned(n) - n
         size = min(left, right)
         common = np.intersect1d(self.old.named_offsets(o, size), self.new.named_offsets(n, size))

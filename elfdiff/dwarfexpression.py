@@ -58,9 +58,7 @@ _UNARY: dict[int, Callable[[int], int]] = {
 
 
 class _Machine:
-    def __init__(
-        self, expression: bytes, registers: Mapping[int, int], read: ReadBytes, stack: list[int]
-    ) -> None:
+    def __init__(self, expression: bytes, registers: Mapping[int, int], read: ReadBytes, stack: list[int]) -> None:
         self.code = Cursor(expression, 0, "a DWARF expression")
         self.registers = registers
         self.read = read
@@ -168,9 +166,7 @@ class _Machine:
             self.code.fail("its stack is empty")
 
 
-def evaluate(
-    expression: bytes, registers: Mapping[int, int], read: ReadBytes, initial: tuple[int, ...] = ()
-) -> int:
+def evaluate(expression: bytes, registers: Mapping[int, int], read: ReadBytes, initial: tuple[int, ...] = ()) -> int:
     """Value of an expression, an unsigned 64-bit word.
 
     ``registers`` maps DWARF register numbers to values (those missing are not known); ``read`` reads the

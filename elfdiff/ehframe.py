@@ -114,9 +114,7 @@ def _search_table(header: int, read: ReadBytes) -> tuple[Addresses, Addresses]:
     return _search_entries(header, place + count_type.itemsize, count, table_encoding, read)
 
 
-def _search_entries(
-    header: int, place: int, count: int, encoding: int, read: ReadBytes
-) -> tuple[Addresses, Addresses]:
+def _search_entries(header: int, place: int, count: int, encoding: int, read: ReadBytes) -> tuple[Addresses, Addresses]:
     entry = np.dtype(fixed_format(encoding, header))
     data = read_exactly(read, place, count * 2 * entry.itemsize, "the search table of .eh_frame_hdr")
     values = np.frombuffer(data, entry).astype(np.int64)
@@ -241,9 +239,7 @@ def _ranges(
     """(starts, sizes, address of what follows them) for each FDE, by the pointer encoding of its CIE."""
     starts, sizes, after = (np.zeros(len(addresses), dtype=np.int64) for _ in range(3))
     for encoding in set(encodings):
-        block.require(
-            encoding & 0xF0 in (PE_ABSPTR, PE_PCREL), f"FDE encoding {encoding:#x} is not supported"
-        )
+        block.require(encoding & 0xF0 in (PE_ABSPTR, PE_PCREL), f"FDE encoding {encoding:#x} is not supported")
         rows = np.flatnonzero(np.array(encodings) == encoding)
         format_ = fixed_format(encoding, block.address)
         width = np.dtype(format_).itemsize
@@ -272,9 +268,7 @@ def _lsda_flags(encodings: list[int], places: Addresses, block: _Block, ends: Ad
     return flags
 
 
-def _checked_table(
-    starts: Addresses, sizes: Addresses, addresses: Addresses, has_lsda: NDArray[np.bool_]
-) -> FdeTable:
+def _checked_table(starts: Addresses, sizes: Addresses, addresses: Addresses, has_lsda: NDArray[np.bool_]) -> FdeTable:
     order = np.lexsort((sizes, starts))
     table = FdeTable(starts[order], sizes[order], addresses[order], has_lsda[order])
     ends = table.starts + table.sizes  # wraps into the negative where the range leaves the address space

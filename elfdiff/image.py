@@ -291,7 +291,7 @@ class _Reader:
             relative_places=relative_places,
             relative_targets=relative_targets,
             slots=slots,
-            plt=_linkage_stubs(sections, base, memory),
+            plt=_linkage_stubs(sections, base, memory, slots),
             tls=tls,
             eh_frame_hdr=header.start if header else None,
             eh_frame=(eh_frame.start, eh_frame.end - eh_frame.start),
@@ -505,18 +505,24 @@ def _unpack_relr(words: NDArray[np.uint64]) -> Addresses:
     return np.array(places, np.int64)
 
 
-def _linkage_stubs(sections: tuple[Section, ...], base: int, memory: NDArray[np.uint8]) -> dict[int, int]:
-    """Linkage stub -> GOT slot: ``[endbr64] [bnd] jmp *slot(%rip)`` (psABI, section 5.2)."""
+def _linkage_stubs(
+    sections: tuple[Section, ...], base: int, memory: NDArray[np.uint8], slots: dict[int, Slot]
+) -> dict[int, int]:
+    """Linkage stub -> GOT slot: ``[endbr64] [bnd] jmp *slot(%rip)`` (psABI, section 5.2).
+
+    Stubs are 16 bytes long, in .plt.got and in static programs 8; that the slot is one tells them from other bytes.
+    """
     stubs: dict[int, int] = {}
     for section in sections:
         if section.kind is not Kind.PLT:
             continue
         code = memory[section.start - base : section.end - base].tobytes()
-        step = 8 if section.name == ".plt.got" and b"\xf3\x0f\x1e\xfa" not in code else 16
-        for offset in range(0, len(code), step):
+        for offset in range(0, len(code), 8):
             entry = code[offset : offset + 16]
             jump = next((k for k in (0, 4, 5) if entry[k : k + 2] == b"\xff\x25"), None)
             if jump is not None:
                 displacement = int.from_bytes(entry[jump + 2 : jump + 6], "little", signed=True)
-                stubs[section.start + offset] = section.start + offset + jump + 6 + displacement
+                slot = section.start + offset + jump + 6 + displacement
+                if slot in slots:
+                    stubs[section.start + offset] = slot
     return stubs

@@ -64,12 +64,7 @@ def draft(comparison: Comparison, members: NDArray[np.int64], reasons: dict[int,
 
 def _relocate_function(result: Draft, function: int) -> None:
     references = result.comparison.new.references
-    for row in range(int(references.first[function]), int(references.last[function])):
-        if references.internal[row]:
-            continue
-        place = result.resolver.reference(row)
-        if place is None:
-            continue
+    for row, place in result.resolver.function(function).items():
         kind, at = FieldKind(int(references.kind[row])), int(references.field[row])
         if kind in _ABSOLUTE_TYPES:
             result.relocations.append((at, _ABSOLUTE_TYPES[kind], place.symbol, place.address))

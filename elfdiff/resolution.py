@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -77,23 +78,117 @@ class Resolver:
 
     # -- the references of one function -------------------------------------------------------------------
 
-    def reference(self, row: int) -> Place | None:
-        """Where reference ``row`` of the new build leads; None when that is unbound (and noted)."""
+    def function(self, function: int) -> dict[int, Place]:
+        """Where the external references of a function lead, by row of the new build's references.
+
+        What is unbound is left out, and noted.
+        """
         references = self.new.references
-        kind, target = int(references.kind[row]), int(references.target[row])
-        taken = kind >= FieldKind.ABSOLUTE_DISPLACEMENT or (
+        rows = range(int(references.first[function]), int(references.last[function]))
+        found: dict[int, Place] = {}
+        doubtful: list[int] = []
+        for row in rows:
+            if not references.internal[row]:
+                place = self._reference(row)
+                if isinstance(place, str):
+                    self._note(row, place)
+                elif self._may_be_a_number(row, place):
+                    doubtful.append(row)
+                else:
+                    found[row] = place
+        for row in doubtful:
+            place = self._reference(row)
+            if isinstance(place, Place) and self._inside_named(int(references.target[row]), found):
+                found[row] = place
+            else:
+                self._note(row, "the immediate may be a number or an address")
+        self._keep_together(found)
+        self.resolved.update(found)
+        return found
+
+    def _note(self, row: int, why: str) -> None:
+        references = self.new.references
+        self.unbound.append(Unbound(int(references.function[row]), int(references.target[row]), why))
+
+    def _takes_address(self, row: int) -> bool:
+        references = self.new.references
+        kind = int(references.kind[row])
+        return kind >= FieldKind.ABSOLUTE_DISPLACEMENT or (
             kind == FieldKind.MEMORY and int(references.opcode[row]) == LEA
         )
-        found = self.address(target, taken=taken)
-        if isinstance(found, Place) and kind == FieldKind.SHORT and found.symbol != PATCH_IMAGE:
-            found = "a short branch cannot reach the old image"
-        if isinstance(found, Place) and kind == FieldKind.ABSOLUTE_IMMEDIATE and not self._is_address(target, found):
-            found = "the immediate may be a number or an address"
-        if isinstance(found, str):
-            self.unbound.append(Unbound(int(references.function[row]), target, found))
-            return None
-        self.resolved[row] = found
+
+    def _reference(self, row: int) -> Place | str:
+        references = self.new.references
+        found = self.address(int(references.target[row]), taken=self._takes_address(row))
+        if isinstance(found, Place) and references.kind[row] == FieldKind.SHORT and found.symbol != PATCH_IMAGE:
+            return "a short branch cannot reach the old image"
         return found
+
+    def _may_be_a_number(self, row: int, found: Place) -> bool:
+        """An immediate of a fixed-address image without a second witness that it is an address.
+
+        Witnesses: it moved with something that moved, or its place begins something. What is bound to the same
+        number in the old image is right either way.
+        """
+        references = self.new.references
+        target = int(references.target[row])
+        if references.kind[row] != FieldKind.ABSOLUTE_IMMEDIATE or found == Place(OLD_IMAGE, target):
+            return False
+        known = self.comparison.addresses.old_of.get(target)
+        if known is not None and known[0] != target:
+            return False
+        return target % MIN_ALIGNMENT != 0 and self.new.image.read(target - 1, 1) != b"\0"
+
+    def _inside_named(self, target: int, found: dict[int, Place]) -> bool:
+        """The same function names the beginning of the owned constant in which the target lies."""
+        references = self.new.references
+        named = (int(references.target[row]) for row in found)
+        return any(start < target < self.owned.constants.get(start, 0) for start in named)
+
+    def _keep_together(self, found: dict[int, Place]) -> None:
+        """A pointer to what lies behind an array may be the array's end: then both must move alike.
+
+        Of two neighbouring addresses that one function takes, with nothing named between them, the second may be
+        the end of the first. Constants of which one would be the old build's are then both taken from the patch
+        (their bytes are equal); variables that would not keep their distance are unbound.
+        """
+        references = self.new.references
+        rows = [row for row in found if self._takes_address(row)]
+        by_target: dict[int, list[int]] = {}
+        for row in rows:
+            by_target.setdefault(int(references.target[row]), []).append(row)
+        targets = sorted(by_target)
+        again = True
+        while again:
+            again = False
+            for first, second in pairwise(targets):
+                a, b = found.get(by_target[first][0]), found.get(by_target[second][0])
+                if a is None or b is None or not self._adjacent(first, second):
+                    continue
+                if a.symbol == b.symbol and b.address - a.address == second - first:
+                    continue
+                again = True
+                for target in (first, second):
+                    self._take_from_patch(target, by_target[target], found, other=first)
+
+    def _adjacent(self, first: int, second: int) -> bool:
+        """Data of the same kind of section with nothing named between."""
+        named = self.new.referenced
+        following = int(np.searchsorted(named, first, "right"))
+        kinds = self.new.image.kinds(np.array([first, second]))
+        data = (Kind.CONSTANT, Kind.RELRO, Kind.DATA, Kind.BSS)
+        return following < len(named) and int(named[following]) == second and bool(np.isin(kinds, data).all())
+
+    def _take_from_patch(self, target: int, rows: list[int], found: dict[int, Place], *, other: int) -> None:
+        section = self.new.image.section_at(target)
+        if section is not None and section.kind in (Kind.CONSTANT, Kind.RELRO):
+            self.owned.constants.setdefault(target, self._constant_end(target))
+            for row in rows:
+                found[row] = Place(PATCH_IMAGE, target)
+            return
+        for row in rows:
+            del found[row]
+            self._note(row, f"it may be a variable or the end of the one at {other:#x}")
 
     def note_slot(self, place: int, target: int, why: str) -> None:
         """Note a pointer slot of owned data that leads nowhere known."""
@@ -105,12 +200,6 @@ class Resolver:
         if key not in self._known:
             self._known[key] = self._resolve(target, taken)
         return self._known[key]
-
-    def _is_address(self, target: int, found: Place) -> bool:
-        """A second witness that an immediate is an address: its place begins something."""
-        if found.symbol == OLD_IMAGE or target not in self.owned.constants:
-            return True
-        return target % MIN_ALIGNMENT == 0 or self.new.image.read(target - 1, 1) == b"\0"
 
     def _resolve(self, target: int, taken: bool) -> Place | str:
         section = self.new.image.section_at(target)
@@ -262,6 +351,9 @@ class Resolver:
         image = self.new.image
         function = self.new.function_at(image.relative_targets)
         middle = (function >= 0) & (self.new.starts[np.clip(function, 0, None)] != image.relative_targets)
+        middle &= self.new.has_unwind[np.clip(function, 0, None)]  # start-up code has entries that no FDE shows
+        for table in self.comparison.tables[1].values():
+            middle &= (image.relative_places < table.address) | (image.relative_places >= table.end)
         middle &= np.isin(function, np.array(sorted(self.functions), np.int64))
         found: Addresses = image.relative_places[middle]
         return found
