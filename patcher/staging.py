@@ -30,6 +30,7 @@ from .plan import Plan, Situation, journal_for_apply, plan_apply, removed_ranges
 from .proc import mapping_over, mmap_min_addr, stack_limit, start_brk
 from .record import (
     FIRST_SLOT,
+    STATE_OFFSET,
     Contents,
     Record,
     RecordedFunction,
@@ -41,6 +42,7 @@ from .record import (
     permissions,
     record_size,
     segment_digest,
+    state_word,
 )
 from .remote import RemoteCaller, RemoteCallError
 from .target import Snapshot, leaked_descriptors, own_mappings
@@ -77,10 +79,18 @@ def stage(
 
 
 def unstage(staged: Staged, pid: int, memory: Memory) -> None:
-    """Take out again what ``stage`` has mapped. Raises LivegraftError, Busy."""
-    if staged.spans:
-        with RemoteCaller(pid, memory) as caller:
-            unmap(caller, staged.spans)
+    """Take out again what ``stage`` has mapped, unless the patch is in force after all.
+
+    An interrupt that was held back during the pause comes after it, when the new code is running already:
+    what the record says decides, not how we got here. Raises LivegraftError, Busy.
+    """
+    if not staged.spans:
+        return
+    record, _ = staged.spans[-1]
+    if memory.read(record + STATE_OFFSET, 8) != state_word(State.PREPARED, FIRST_SLOT):
+        return
+    with RemoteCaller(pid, memory) as caller:
+        unmap(caller, staged.spans)
 
 
 def _is_whole(record: Record, binding: Binding, seen: Snapshot, memory: Memory) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 
 from elfdiff.errors import BadInput, LivegraftError, Refused
 from elfdiff.patchobject import PatchObject
@@ -21,7 +22,6 @@ from .plan import Plan, Situation, plan_apply, plan_revert, removed_ranges, situ
 from .record import FIRST_SLOT, INTERRUPTED, Contents, Record, State, record_size
 from .staging import Staged, bases, make_draft, stage, unstage
 from .target import Snapshot, open_target, require_intact, take_snapshot
-from .version import VERSION
 
 DEFAULT_TIMEOUT = 10.0
 """Seconds to wait for patched functions to be idle."""
@@ -69,7 +69,7 @@ def apply(
         if _in_force(now, patch, memory):
             assert now.applied is not None
             return _already(seen, now.applied)
-        staged = stage(binding, now, seen, memory, VERSION, on_step)
+        staged = stage(binding, now, seen, memory, version("livegraft"), on_step)
         pause = _commit(staged, seen, memory, timeout, on_step)
         others = tuple(record for record in now.active if record.contents.patch != patch.id)
         return Outcome(
@@ -139,10 +139,11 @@ def _rehearse(
     binding: Binding, now: Situation, seen: Snapshot, memory: Memory
 ) -> tuple[Contents, Plan]:
     """What ``stage`` would do at the first place that it would try."""
-    draft = make_draft(binding, binding.module.low, now, memory, VERSION)
+    tool = version("livegraft")
+    draft = make_draft(binding, binding.module.low, now, memory, tool)
     span = binding.patch.high - binding.patch.low
     base = bases(binding, seen, span + MARGIN + 2 * record_size(draft.contents))[0]
-    contents = make_draft(binding, base, now, memory, VERSION).contents
+    contents = make_draft(binding, base, now, memory, tool).contents
     own = Record(
         base + span + MARGIN, record_size(contents), State.PREPARED, State.PREPARED, FIRST_SLOT, contents
     )
