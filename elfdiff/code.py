@@ -7,6 +7,7 @@ latter is a reading, not a fact (an integer can look like an address); whoever r
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
@@ -88,7 +89,13 @@ class Code:
 
     def function_of(self, address: int) -> int:
         """Index of the function that contains one address, or -1."""
-        return int(self.function_at(np.array([address]))[0])
+        index = bisect.bisect_right(self._start_list, address) - 1
+        return index if index >= 0 and address < int(self.ends[index]) else -1
+
+    @cached_property
+    def _start_list(self) -> list[int]:
+        starts: list[int] = self.starts.tolist()
+        return starts
 
     def size(self, function: int) -> int:
         """Bytes of a function."""

@@ -75,8 +75,7 @@ def compare(old: Code, new: Code) -> Comparison:
 
 
 def _writable(image: Image, address: int) -> bool:
-    section = image.section_at(address)
-    return section is not None and section.kind in (Kind.DATA, Kind.BSS)
+    return image.kind_at(address) in (Kind.DATA, Kind.BSS)
 
 
 class _Judge:
@@ -114,7 +113,7 @@ class _Judge:
         return self.known[o, n]
 
     def _verdict(self, o: int, n: int) -> Reason | None:
-        old_kind, new_kind = self._kind(self.old.image, o), self._kind(self.new.image, n)
+        old_kind, new_kind = self.old.image.kind_at(o), self.new.image.kind_at(n)
         if Kind.TEXT in (old_kind, new_kind):
             return None if self._same_code(o, n) else Reason.CALLEE
         linkage = (Kind.PLT, Kind.GOT)
@@ -130,10 +129,6 @@ class _Judge:
         if known is None:
             return Reason.CALLEE
         return None if known[0] == o else Reason.CALLEE
-
-    def _kind(self, image: Image, address: int) -> Kind:
-        section = image.section_at(address)
-        return section.kind if section else Kind.NONE
 
     def _same_string(self, o: int, n: int) -> bool:
         text = self.old.image.string_at(o)

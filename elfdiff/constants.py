@@ -119,6 +119,10 @@ class _Side:
         return self.slots[first:last] - address
 
 
+_TEXT = bytes(byte for byte in range(256) if byte >= 0x20 or byte in b"\t\n\r\x1b")
+"""Bytes of text in any encoding that a program is likely to hold."""
+
+
 class _Comparer:
     def __init__(
         self,
@@ -185,7 +189,7 @@ class _Comparer:
 
     def _same_target(self, parent: Pair, o: int, n: int) -> bool:
         """Whether two pointers lead to the same thing; constants are queued and blamed on the parent later."""
-        kind_old, kind_new = (int(s.image.kinds(np.array([a]))[0]) for s, a in ((self.old, o), (self.new, n)))
+        kind_old, kind_new = self.old.image.kind_at(o), self.new.image.kind_at(n)
         if Kind.TEXT in (kind_old, kind_new):
             return self._same_code(o, n)
         if kind_old in (Kind.CONSTANT, Kind.RELRO) and kind_new in (Kind.CONSTANT, Kind.RELRO):
@@ -248,10 +252,8 @@ class _Comparer:
 
 def _fills(raw: bytes) -> bool:
     """Text, its NUL, and nothing but zero padding behind it."""
-    end = raw.find(b"\0")
-    if end < 0 or any(raw[end:]):
-        return False
-    return all(byte >= 0x20 or byte in b"\t\n\r\x1b" for byte in raw[:end])
+    text = raw.rstrip(b"\0")
+    return len(text) < len(raw) and not text.translate(None, _TEXT)
 
 
 def _without(view: memoryview, slots: NDArray[np.int64]) -> bytes:

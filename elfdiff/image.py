@@ -6,6 +6,7 @@ Addresses are virtual (link time); ``memory[address - base]`` is the byte there.
 
 from __future__ import annotations
 
+import bisect
 import io
 import mmap
 from dataclasses import dataclass, field
@@ -166,10 +167,15 @@ class Image:
 
     def section_at(self, address: int) -> Section | None:
         """The section that contains an address."""
-        index = int(np.searchsorted(self._section_starts, address, "right")) - 1
+        index = bisect.bisect_right(self.sections, address, key=_start) - 1
         if index < 0 or address >= self.sections[index].end:
             return None
         return self.sections[index]
+
+    def kind_at(self, address: int) -> Kind:
+        """The ``Kind`` of the section at one address."""
+        section = self.section_at(address)
+        return section.kind if section else Kind.NONE
 
     def section(self, name: str) -> Section | None:
         """The section of that name."""
@@ -215,6 +221,10 @@ def load_image(path: Path) -> Image:
         raise BadInput(f"{path}: {error.strerror}", why=str(error), next_step="name two existing ELF files") from error
     except (ELFError, UnicodeDecodeError, AssertionError) as error:
         raise _damaged(path, str(error) or type(error).__name__) from error
+
+
+def _start(section: Section) -> int:
+    return section.start
 
 
 def _damaged(path: Path, why: str) -> BadInput:

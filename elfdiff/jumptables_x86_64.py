@@ -43,6 +43,10 @@ def find_jump_tables(code: Code) -> dict[int, JumpTable]:
     lea = (references.kind == FieldKind.MEMORY) & (references.opcode == LEA)
     absolute = references.kind >= FieldKind.ABSOLUTE_DISPLACEMENT
     candidates &= (lea | absolute) & (image.kinds(references.target) == Kind.CONSTANT)
+    if not image.fixed_address:  # most candidates are strings: their first word leads nowhere
+        rows = np.nonzero(candidates)[0]
+        first = references.target[rows] + image.int32_at(references.target[rows])
+        candidates[rows] = code.instruction_at(first)
     tables: dict[int, JumpTable] = {}
     for index in np.nonzero(candidates)[0].tolist():
         address = int(references.target[index])

@@ -202,8 +202,7 @@ class Resolver:
         return self._known[key]
 
     def _resolve(self, target: int, taken: bool) -> Place | str:
-        section = self.new.image.section_at(target)
-        kind = section.kind if section else Kind.NONE
+        kind = self.new.image.kind_at(target)
         if kind is Kind.TEXT:
             return self._code(target, taken)
         if kind is Kind.PLT:
