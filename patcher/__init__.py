@@ -1,0 +1,1 @@
+"""Patches live processes: looks, stops, commits, resumes; and the command line."""

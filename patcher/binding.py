@@ -171,9 +171,7 @@ def pristine_bytes(records: Sequence[Record], module: Module) -> dict[int, bytes
     }
 
 
-def check_ranges(
-    checked: Sequence[CheckedRange], module: Module, memory: Memory, pristine: dict[int, bytes]
-) -> None:
+def check_ranges(checked: Sequence[CheckedRange], module: Module, memory: Memory, pristine: dict[int, bytes]) -> None:
     """Compare the digest of every range with the bytes that are mapped, entry jumps of records looked
     through.
 
@@ -288,15 +286,12 @@ def _require_fits(
         index = int(np.flatnonzero(bad)[0])
         raise Refused(
             f"{int(bad.sum())} references of the patch do not reach what they name",
-            why=f"the field at {int(relocations['place'][index]):#x} would have to hold "
-            f"{int(values[index]):#x}",
+            why=f"the field at {int(relocations['place'][index]):#x} would have to hold {int(values[index]):#x}",
             next_step="restart the program instead",
         )
 
 
-def _apply(
-    relocations: NDArray[np.void], values: NDArray[np.int64], vaddr: int, image: bytearray
-) -> None:
+def _apply(relocations: NDArray[np.void], values: NDArray[np.int64], vaddr: int, image: bytearray) -> None:
     places = relocations["place"].astype(np.int64)
     widths = _widths(relocations["type"])
     mine = (places >= vaddr) & (places + widths <= vaddr + len(image))

@@ -178,8 +178,7 @@ def _is_mapped(header: ProgramHeader, bias: int, own: Sequence[Mapping]) -> bool
     """Whether the first page of a segment is mapped executable from the right place of the file."""
     address = bias + header.vaddr
     return any(
-        item.executable and address in item and item.offset + address - item.start == header.offset
-        for item in own
+        item.executable and address in item and item.offset + address - item.start == header.offset for item in own
     )
 
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from elfdiff.errors import Busy, LivegraftError, TargetDamaged
 
 from . import ptrace
+from .forbidden import ForbiddenRange
 from .memory import Memory
 from .modules import Module, module_of
 from .plan import PageWrite, Plan, StateWrite
-from .forbidden import ForbiddenRange
 from .quiescence import LiveFrame, StackCheck
 from .record import STATE_OFFSET
 from .stopping import SeizedProcess, seize
@@ -143,9 +143,7 @@ def _write_states(
             on_step("state")
 
 
-def _roll_back(
-    pages: Sequence[PageWrite], states: Sequence[StateWrite], memory: Memory, error: BaseException
-) -> None:
+def _roll_back(pages: Sequence[PageWrite], states: Sequence[StateWrite], memory: Memory, error: BaseException) -> None:
     try:
         for page in reversed(pages):
             memory.write(page.address, page.before)

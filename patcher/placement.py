@@ -49,9 +49,7 @@ class _Room:
     last_resort: bool = False
 
 
-def candidates(
-    around: Surroundings, low: int, high: int, size: int, fixed_address: bool
-) -> tuple[int, ...]:
+def candidates(around: Surroundings, low: int, high: int, size: int, fixed_address: bool) -> tuple[int, ...]:
     """Return page-aligned addresses for a block of ``size`` bytes, best first.
 
     [low, high) is the image, absolute. With ``fixed_address`` the block stays below 2 GiB as a whole, because

@@ -17,8 +17,8 @@ from trampolines.entry_x86_64 import ENTRY_JUMP_SIZE, entry_jump
 from trampolines.errors import TrampolineError
 
 from .binding import PF_X, Binding, overlay
-from .modules import Module
 from .forbidden import ForbiddenRange
+from .modules import Module
 from .record import Contents, JournalEntry, Record, State, state_word
 
 ReadBytes = Callable[[Sequence[tuple[int, int]]], list[bytes]]
@@ -104,9 +104,7 @@ def _is_of(record: Record, module: Module) -> bool:
     return contents.old.build_id == module.build_id and contents.old_bias == module.bias
 
 
-def journal_for_apply(
-    binding: Binding, patch_bias: int, now: Situation, read: ReadBytes
-) -> tuple[JournalEntry, ...]:
+def journal_for_apply(binding: Binding, patch_bias: int, now: Situation, read: ReadBytes) -> tuple[JournalEntry, ...]:
     """Return the journal of applying a patch whose load bias is ``patch_bias``, by rising address.
 
     It covers the entries of the patch and those of every active record, which go back to their file's bytes
@@ -156,9 +154,7 @@ def _jump(name: str, address: int, target: int) -> bytes:
 
 def _require_room(name: str, address: int, size: int, module: Module) -> None:
     if not (module.low <= address and address + size <= module.high):
-        raise Refused(
-            f"the function {name} lies outside of {module.path}", why=f"its address would be {address:#x}"
-        )
+        raise Refused(f"the function {name} lies outside of {module.path}", why=f"its address would be {address:#x}")
     if size < ENTRY_JUMP_SIZE:
         raise Refused(
             f"the function {name} is too short to be redirected",
@@ -258,9 +254,7 @@ def _known_values(records: Iterable[Record], journal: Sequence[JournalEntry]) ->
     return known
 
 
-def page_writes(
-    wanted: dict[int, bytes], known: dict[int, set[bytes]], read: ReadBytes
-) -> tuple[PageWrite, ...]:
+def page_writes(wanted: dict[int, bytes], known: dict[int, set[bytes]], read: ReadBytes) -> tuple[PageWrite, ...]:
     """Return the writes that make every address hold its wanted bytes, one a page, by rising address.
 
     A page where all is as wanted is left out. Raises Refused where an address holds none of its ``known``
@@ -309,9 +303,7 @@ def _ranges(contents: Contents) -> list[ForbiddenRange]:
         if item.new_size
     ]
     text = [
-        ForbiddenRange(patch, item.start, item.start + item.size)
-        for item in contents.segments
-        if item.flags & PF_X
+        ForbiddenRange(patch, item.start, item.start + item.size) for item in contents.segments if item.flags & PF_X
     ]
     jumps = [
         ForbiddenRange(f"entry at {entry.address:#x}", entry.address, entry.address + len(entry.after))

@@ -18,9 +18,7 @@ _STAT_FLAGS = 9
 _STAT_START_TIME = 22
 _STAT_START_BRK = 47
 
-_MAPS_LINE = re.compile(
-    r"([0-9a-f]+)-([0-9a-f]+) ([-rwxsp]{4}) ([0-9a-f]+) ([0-9a-f]+:[0-9a-f]+) (\d+) *(.*)"
-)
+_MAPS_LINE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ([-rwxsp]{4}) ([0-9a-f]+) ([0-9a-f]+:[0-9a-f]+) (\d+) *(.*)")
 _OCTAL_ESCAPE = re.compile(r"\\([0-7]{3})")
 _DELETED = " (deleted)"
 
@@ -141,9 +139,7 @@ def parse_mapping(line: str) -> Mapping:
     deleted = path.endswith(_DELETED)
     path = path.removesuffix(_DELETED) if deleted else path
     path = _OCTAL_ESCAPE.sub(lambda escape: chr(int(escape[1], 8)), path)
-    return Mapping(
-        int(start, 16), int(end, 16), perms, int(offset, 16), device, int(inode), path, deleted
-    )
+    return Mapping(int(start, 16), int(end, 16), perms, int(offset, 16), device, int(inode), path, deleted)
 
 
 def mappings(pid: int) -> tuple[Mapping, ...]:

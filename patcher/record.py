@@ -369,9 +369,7 @@ def _journal_entry(value: Any) -> JournalEntry:
     )
 
 
-def find_records(
-    maps: Sequence[Mapping], memory: Memory
-) -> tuple[tuple[Record, ...], tuple[DamagedRecord, ...]]:
+def find_records(maps: Sequence[Mapping], memory: Memory) -> tuple[tuple[Record, ...], tuple[DamagedRecord, ...]]:
     """Return all records of a process by rising address, and what begins like one and is damaged.
 
     Looks at the first bytes of every private writable mapping that is anonymous or comes from a memory file

@@ -107,9 +107,7 @@ def _is_whole(record: Record, binding: Binding, seen: Snapshot, memory: Memory) 
     return all(item.data == data for item, data in zip(constant, held, strict=True))
 
 
-def _stage_again(
-    record: Record, binding: Binding, now: Situation, memory: Memory, tool_version: str
-) -> Staged | None:
+def _stage_again(record: Record, binding: Binding, now: Situation, memory: Memory, tool_version: str) -> Staged | None:
     """Use the mappings of an idle or interrupted record; None where its slot is too small for what it
     replaces.
 
@@ -150,9 +148,7 @@ def _garbage(seen: Snapshot, memory: Memory) -> tuple[tuple[int, int], ...]:
     return tuple(span for record in prepared for span in own_mappings(record, seen.maps, memory))
 
 
-def _remove(
-    caller: RemoteCaller, spans: Sequence[tuple[int, int]], descriptors: Sequence[int]
-) -> None:
+def _remove(caller: RemoteCaller, spans: Sequence[tuple[int, int]], descriptors: Sequence[int]) -> None:
     unmap(caller, spans)
     for descriptor in descriptors:
         caller.close(descriptor)
@@ -161,9 +157,7 @@ def _remove(
 def bases(binding: Binding, seen: Snapshot, size: int) -> tuple[int, ...]:
     """Return where a block of ``size`` bytes may be put for this binding, best first. Raises Refused."""
     module = binding.module
-    around = Surroundings(
-        seen.maps, start_brk(seen.pid), mmap_min_addr(), stack_reserve(stack_limit(seen.pid))
-    )
+    around = Surroundings(seen.maps, start_brk(seen.pid), mmap_min_addr(), stack_reserve(stack_limit(seen.pid)))
     return candidates(around, module.low, module.high, size, module.fixed_address)
 
 
@@ -188,9 +182,7 @@ def _stage_anew(
     ) from taken
 
 
-def _map_at(
-    binding: Binding, draft: Draft, record_at: int, now: Situation, memory: Memory, on_step: OnStep
-) -> Staged:
+def _map_at(binding: Binding, draft: Draft, record_at: int, now: Situation, memory: Memory, on_step: OnStep) -> Staged:
     """Map a draft, from a memory file if possible; the plan is made first, since it may refuse."""
     size = record_size(draft.contents)
     own = Record(record_at, size, State.PREPARED, State.PREPARED, FIRST_SLOT, draft.contents)
@@ -267,8 +259,7 @@ def make_draft(binding: Binding, base: int, now: Situation, memory: Memory, tool
         new_bias=bias,
         eh_frame_hdr=None if patch.eh_frame_hdr is None else patch.eh_frame_hdr + bias,
         segments=tuple(
-            RecordedSegment(item.start, len(item.data), item.flags, segment_digest(item.data))
-            for item in segments
+            RecordedSegment(item.start, len(item.data), item.flags, segment_digest(item.data)) for item in segments
         ),
         functions=_functions(binding, bias),
         journal=journal_for_apply(binding, bias, now, memory.read_many),

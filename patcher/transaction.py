@@ -72,9 +72,7 @@ def apply(
         staged = stage(binding, now, seen, memory, version("livegraft"), on_step)
         pause = _commit(staged, seen, memory, timeout, on_step)
         others = tuple(record for record in now.active if record.contents.patch != patch.id)
-        return Outcome(
-            pid, seen.name, staged.contents, State.APPLIED, False, pause, staged.mapped_bytes, others
-        )
+        return Outcome(pid, seen.name, staged.contents, State.APPLIED, False, pause, staged.mapped_bytes, others)
 
 
 def check(pid: int, patch: PatchObject, *, timeout: float = DEFAULT_TIMEOUT) -> Outcome:
@@ -120,9 +118,7 @@ def mapped_bytes(record: Record) -> int:
     return record.size + sum(segment.size for segment in record.contents.segments)
 
 
-def _commit(
-    staged: Staged, seen: Snapshot, memory: Memory, timeout: float, on_step: Callable[[str], None]
-) -> Pause:
+def _commit(staged: Staged, seen: Snapshot, memory: Memory, timeout: float, on_step: Callable[[str], None]) -> Pause:
     try:
         return carry_out(staged.plan, seen, memory, timeout, on_step)
     except BaseException as error:
@@ -135,18 +131,14 @@ def _commit(
         raise
 
 
-def _rehearse(
-    binding: Binding, now: Situation, seen: Snapshot, memory: Memory
-) -> tuple[Contents, Plan]:
+def _rehearse(binding: Binding, now: Situation, seen: Snapshot, memory: Memory) -> tuple[Contents, Plan]:
     """What ``stage`` would do at the first place that it would try."""
     tool = version("livegraft")
     draft = make_draft(binding, binding.module.low, now, memory, tool)
     span = binding.patch.high - binding.patch.low
     base = bases(binding, seen, span + MARGIN + 2 * record_size(draft.contents))[0]
     contents = make_draft(binding, base, now, memory, tool).contents
-    own = Record(
-        base + span + MARGIN, record_size(contents), State.PREPARED, State.PREPARED, FIRST_SLOT, contents
-    )
+    own = Record(base + span + MARGIN, record_size(contents), State.PREPARED, State.PREPARED, FIRST_SLOT, contents)
     plan = plan_apply(own, contents, FIRST_SLOT, now, memory.read_many, removed_ranges(binding))
     # There is no record yet whose state word could be compared.
     return contents, Plan((), plan.pages, (), plan.forbidden)
@@ -176,9 +168,7 @@ def revert(
         plan = plan_revert(record, now, memory.read_many)
         pause = carry_out(plan, seen, memory, timeout, on_step)
         others = tuple(item for item in now.interrupted if item.address != record.address)
-        return Outcome(
-            pid, seen.name, record.contents, State.REVERTED, False, pause, mapped_bytes(record), others
-        )
+        return Outcome(pid, seen.name, record.contents, State.REVERTED, False, pause, mapped_bytes(record), others)
 
 
 def _module_of(record: Record, seen: Snapshot) -> Module:

@@ -1,0 +1,74 @@
+"""The verbs of the command line, one module each.
+
+A verb's module has a docstring, which is its help text; ``prepare_parser(parser)``, which adds its arguments; and
+``run(arguments)``, which does the work and returns a ``Report``. Heavy imports belong inside ``run``, because the
+help must come at once. Only ``patcher.cli`` prints and exits.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a verb has to say: ``json`` for ``--json`` (without schema and exit), ``text`` lines for people."""
+
+    json: dict[str, Any]
+    text: Sequence[str]
+    exit_code: int = 0
+    notes: Sequence[str] = field(default=())
+    """Lines for people about how it went; on stderr."""
+
+
+class Verb(Protocol):
+    """What a module of this package offers."""
+
+    @staticmethod
+    def prepare_parser(parser: argparse.ArgumentParser) -> None:
+        """Add the verb's arguments; ``--json`` is there already."""
+
+    @staticmethod
+    def run(arguments: argparse.Namespace) -> Report:
+        """Do the work. Raises LivegraftError."""
+
+
+def add_pid(parser: argparse.ArgumentParser) -> None:
+    """Add ``--pid``, the process to work on."""
+    parser.add_argument("--pid", type=_pid, required=True, metavar="PID", help="the process")
+
+
+def add_timeout(parser: argparse.ArgumentParser) -> None:
+    """Add ``--timeout``, how long to wait for patched functions to become idle."""
+    parser.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=10.0,
+        metavar="SECONDS",
+        help="how long to wait until no thread is in a patched function (default: 10)",
+    )
+
+
+def _pid(text: str) -> int:
+    value = int(text) if text.isascii() and text.isdigit() else 0
+    if not 0 < value < 1 << 31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a process id")
+    return value
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return value
+
+
+def plural(count: int, noun: str) -> str:
+    """Return ``1 function`` or ``2 functions``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

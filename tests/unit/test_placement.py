@@ -26,9 +26,7 @@ IMAGE = mapping(0x5555_5555_0000, 0x5555_5565_0000, "/bin/x", "r-xp")
 STACK = mapping(0x7FFF_F000_0000, 0x7FFF_F010_0000, "[stack]")
 
 
-def place(
-    where: Surroundings, size: int = PAGE, fixed: bool = False, image: Mapping = IMAGE
-) -> tuple[int, ...]:
+def place(where: Surroundings, size: int = PAGE, fixed: bool = False, image: Mapping = IMAGE) -> tuple[int, ...]:
     return candidates(where, image.start, image.end, size, fixed)
 
 
@@ -99,9 +97,7 @@ def layouts(draw: st.DrawFn) -> tuple[Surroundings, Mapping]:
 
 
 @given(layouts(), st.integers(1, 1 << 26), st.booleans())
-def test_every_candidate_is_free_and_reachable(
-    layout: tuple[Surroundings, Mapping], size: int, fixed: bool
-) -> None:
+def test_every_candidate_is_free_and_reachable(layout: tuple[Surroundings, Mapping], size: int, fixed: bool) -> None:
     where, image = layout
     fixed = fixed and image.start == 0x400000
     try:

@@ -1,0 +1,183 @@
+"""The command line: the only place that prints, and that turns an error into an exit status.
+
+Text for people goes to stdout, errors and talk to stderr. With ``--json`` stdout carries exactly one object, whatever
+happens, with ``schema``, ``command`` and ``exit``, and on an error ``error`` with what, why and next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any, NoReturn, cast
+
+from elfdiff.errors import EXIT_NAMES, BadInput, LivegraftError
+
+from .commands import Report, Verb
+
+SCHEMA = 1
+"""Raised when a reader of the JSON output would misunderstand it."""
+
+VERBS = {
+    "diff": "Make a patch object from two builds of one program.",
+    "inspect": "Show what a patch object holds.",
+    "check": "Do everything that apply would do but the writing.",
+    "apply": "Put a patch in force in a running process.",
+    "revert": "Take a patch out of force again.",
+    "status": "Show which patches a process carries.",
+}
+"""Verb -> first line of its module's docstring; here too, so that the help needs none of the modules."""
+
+_EPILOG = """\
+exit status:
+  0 ok   1 failed, target as before   2 bad input   3 nothing to patch   4 refused   5 busy, try again
+  6 not permitted   7 target may be damaged   8 some processes done, others not
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises what argparse would print, so that ``--json`` covers wrong usage, too."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(message, next_step=f"{self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return _run(words)
+    except BrokenPipeError:
+        # Whoever read our output has gone; there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """Let SIGTERM unwind like Ctrl-C, so that a preparation is undone."""
+    del number, frame
+    raise KeyboardInterrupt
+
+
+def _run(words: list[str]) -> int:
+    verb = _verb_in(words)
+    as_json = "--json" in words
+    try:
+        report = _perform(words, verb)
+    except LivegraftError as error:
+        return _fail(error, verb, as_json)
+    except KeyboardInterrupt:
+        return _fail(_interrupted(), verb, as_json)
+    except Exception as error:
+        if os.environ.get("LIVEGRAFT_DEBUG"):
+            raise
+        return _fail(_bug(error), verb, as_json)
+    _show(report, verb, as_json)
+    return report.exit_code
+
+
+def _verb_in(words: Sequence[str]) -> str:
+    return next((word for word in words if word in VERBS), "")
+
+
+def _perform(words: Sequence[str], verb: str) -> Report:
+    parser, module = _parser(verb)
+    arguments = parser.parse_args(words)
+    if module is None or arguments.verb != verb:
+        raise BadInput("no command was given", next_step="livegraft --help")
+    return module.run(arguments)
+
+
+def _parser(verb: str) -> tuple[argparse.ArgumentParser, Verb | None]:
+    """Return the parser, with the arguments of the one verb that is asked for, and the verb's module."""
+    parser = _Parser(
+        prog="livegraft",
+        description="Bring a running program up to date in place: no restart, no lost connection.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=_Version, help="print the version and exit")
+    verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", title="commands")
+    module = None
+    for name, line in VERBS.items():
+        below = verbs.add_parser(
+            name, help=line, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+        if name == verb:
+            imported = importlib.import_module(f"{__package__}.commands.{name}")
+            module = cast(Verb, imported)
+            below.description = imported.__doc__
+            module.prepare_parser(below)
+            below.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    return parser, module
+
+
+class _Version(argparse.Action):
+    """Looks the version up only when it is asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **more: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **more)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from importlib.metadata import version
+
+        sys.stdout.write(f"livegraft {version('livegraft')}\n")
+        parser.exit(0)
+
+
+def _interrupted() -> LivegraftError:
+    return LivegraftError(
+        "interrupted",
+        why="a signal asked livegraft to end",
+        next_step="see what the process carries now: livegraft status --pid PID",
+    )
+
+
+def _bug(error: Exception) -> LivegraftError:
+    return LivegraftError(
+        f"this is a bug in livegraft: {type(error).__name__}: {error}",
+        next_step="run it again with LIVEGRAFT_DEBUG=1 and report what it prints",
+    )
+
+
+def _show(report: Report, verb: str, as_json: bool) -> None:
+    for line in report.notes:
+        sys.stderr.write(f"{line}\n")
+    if as_json:
+        _show_json(report.json, verb, report.exit_code)
+        return
+    for line in report.text:
+        sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def _show_json(body: dict[str, Any], verb: str, code: int) -> None:
+    head = {"schema": SCHEMA, "command": verb, "exit": {"code": code, "name": EXIT_NAMES[code]}}
+    sys.stdout.write(json.dumps({**head, **body}, indent=2) + "\n")
+    sys.stdout.flush()
+
+
+def _fail(error: LivegraftError, verb: str, as_json: bool) -> int:
+    details = (*error.details, *getattr(error, "__notes__", ()))
+    if as_json:
+        said = {"what": error.what, "why": error.why, "next": error.next_step, "details": list(details)}
+        _show_json({"error": said}, verb, error.exit_code)
+        return error.exit_code
+    sys.stderr.write(f"livegraft: {error.what}\n")
+    for label, text in (("why", error.why), ("next", error.next_step)):
+        if text:
+            sys.stderr.write(f"  {label}: {text}\n")
+    for line in details:
+        sys.stderr.write(f"  {line}\n")
+    return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

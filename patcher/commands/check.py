@@ -1,0 +1,45 @@
+"""Do everything that apply would do but the writing.
+
+Reads the process, binds the patch to it, looks for room, then stops all threads and looks whether a function that
+would change is on a stack, as often and as long as apply would. The exit status is the one that apply would have.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from . import Report, add_pid, add_timeout
+
+
+def prepare_parser(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    parser.add_argument("patch", type=Path, metavar="PATCH", help="a patch object made by livegraft diff")
+    add_pid(parser)
+    add_timeout(parser)
+
+
+def run(arguments: argparse.Namespace) -> Report:
+    """Check."""
+    from elfdiff.patchfile import read_patch
+
+    from .. import transaction
+    from .shared import builds_line, functions_line, outcome_json, pause_line, safe
+
+    outcome = transaction.check(arguments.pid, read_patch(arguments.patch), timeout=arguments.timeout)
+    contents = outcome.contents
+    head = f"{safe(outcome.process)} (pid {outcome.pid})"
+    if outcome.already:
+        text = [f"{head} carries patch {contents.patch[:12]} already"]
+    else:
+        text = [
+            f"{head} can take patch {contents.patch[:12]}",
+            f"  build      {safe(builds_line(contents))}",
+            f"  functions  {functions_line(contents)}",
+            f"  pause      {pause_line(outcome)}",
+            f"  to map     {outcome.mapped_bytes // 1024} KiB",
+        ]
+        text += [f"  replaces   {item.short_id}" for item in outcome.others]
+    body = {**outcome_json(outcome), "state": "applied" if outcome.already else "applicable"}
+    body.pop("applied_at")
+    return Report(body, text)

@@ -1,0 +1,109 @@
+"""What the verbs that work on a process say in common: a patch, a build, a pause, as JSON and as text."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from . import plural
+
+if TYPE_CHECKING:
+    from elfdiff.patchobject import Build
+    from patcher.record import Contents, RecordedFunction, State
+    from patcher.transaction import Outcome
+
+
+def state_name(state: State) -> str:
+    """Return the stable name of a state, as JSON has it: both unfinished ones are ``interrupted``."""
+    name = state.name.lower()
+    return "interrupted" if name in ("applying", "reverting") else name
+
+
+def build_json(build: Build, bias: int) -> dict[str, Any]:
+    """Return a build as JSON; ``bias`` is its load bias."""
+    return {"name": build.name, "build_id": build.build_id, "bias": bias}
+
+
+def function_json(function: RecordedFunction) -> dict[str, Any]:
+    """Return a patched function as JSON; absolute addresses, null where it is new."""
+    return {
+        "name": function.name,
+        "old_start": function.old_start,
+        "old_size": function.old_size,
+        "new_start": function.new_start,
+        "new_size": function.new_size,
+        "entry_jump": function.entry_jump,
+    }
+
+
+def contents_json(contents: Contents) -> dict[str, Any]:
+    """Return what a record says as JSON."""
+    return {
+        "old": build_json(contents.old, contents.old_bias),
+        "new": build_json(contents.new, contents.new_bias),
+        "applied_at": moment(contents.time),
+        "tool_version": contents.tool_version,
+        "functions": [function_json(item) for item in contents.functions],
+    }
+
+
+def outcome_json(outcome: Outcome) -> dict[str, Any]:
+    """Return what a transaction did as JSON."""
+    pause = outcome.pause
+    return {
+        "pid": outcome.pid,
+        "process": outcome.process,
+        "id": outcome.contents.patch,
+        "state": state_name(outcome.state),
+        "already": outcome.already,
+        "pause_us": None if pause is None else round(pause.pause_ns / 1000),
+        "tries": 0 if pause is None else pause.tries,
+        "threads": None if pause is None else pause.threads,
+        "realtime": None if pause is None else pause.realtime,
+        "mapped_bytes": outcome.mapped_bytes,
+        "others": [{"id": item.contents.patch, "was": state_name(item.state)} for item in outcome.others],
+        **contents_json(outcome.contents),
+    }
+
+
+def moment(seconds: int) -> str:
+    """Return a time since the epoch in ISO 8601, UTC."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    except (OverflowError, ValueError):
+        return "unknown"  # the record is the target's to write
+
+
+def builds_line(contents: Contents) -> str:
+    """Return ``name old-id -> new-id``."""
+    return f"{contents.old.name} {contents.old.build_id[:12]} -> {contents.new.build_id[:12]}"
+
+
+def functions_line(contents: Contents) -> str:
+    """Return how many functions are redirected, new, or moved along."""
+    redirected = sum(item.entry_jump for item in contents.functions)
+    new = sum(item.old_start is None for item in contents.functions)
+    rest = len(contents.functions) - redirected - new
+    parts = [f"{plural(redirected, 'function')} redirected"]
+    parts += [f"{new} new"] if new else []
+    parts += [f"{rest} moved along"] if rest else []
+    return ", ".join(parts)
+
+
+def pause_line(outcome: Outcome) -> str:
+    """Return how long the process stood still."""
+    pause = outcome.pause
+    if pause is None:
+        return "none"
+    return f"{pause.pause_ns / 1000:.0f} us for {plural(pause.threads, 'thread')}, at the {ordinal(pause.tries)} try"
+
+
+def ordinal(number: int) -> str:
+    """Return ``1st``, ``2nd``, ``11th``."""
+    ending = {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{'th' if number % 100 in (11, 12, 13) else ending}"
+
+
+def safe(text: str) -> str:
+    """Return ``text`` with control characters escaped: names come from the process that is looked at."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

@@ -1,0 +1,67 @@
+"""What patches a process carries, for people and programs that ask; changes nothing and stops nobody."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from elfdiff.errors import LivegraftError
+
+from .memory import Memory
+from .proc import mappings
+from .record import DamagedRecord, Record, State, find_records
+from .tracees import require_traceable
+from .transaction import mapped_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CarriedPatch:
+    """One patch that a process carries.
+
+    ``redirected`` of the ``entries`` of its functions hold its entry jump at this moment: all of them if it is
+    applied, none if it is reverted, any number if it was interrupted. None where they cannot be read.
+    """
+
+    record: Record
+    entries: int
+    redirected: int | None
+    mapped_bytes: int
+
+    @property
+    def as_it_should_be(self) -> bool:
+        """Whether the entries say the same as the state."""
+        wanted = {State.APPLIED: self.entries, State.REVERTED: 0, State.REPLACED: 0, State.PREPARED: 0}
+        return self.record.interrupted or self.redirected == wanted[self.record.state]
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """All that is known of a process: its patches by rising address of their records."""
+
+    pid: int
+    process: str
+    patches: tuple[CarriedPatch, ...]
+    damaged: tuple[DamagedRecord, ...]
+
+
+def inspect_process(pid: int) -> Inspection:
+    """Look for the patches of a process.
+
+    Raises BadInput (no such process, a kernel thread, a zombie, this process), NotPermitted.
+    """
+    found = require_traceable(pid)
+    with Memory(pid) as memory:
+        records, damaged = find_records(mappings(pid), memory)
+        patches = tuple(_carried(record, memory) for record in records)
+    return Inspection(pid, found.name, patches, damaged)
+
+
+def _carried(record: Record, memory: Memory) -> CarriedPatch:
+    journal = [entry for entry in record.contents.journal if entry.after != entry.pristine]
+    spans = [(entry.address, len(entry.after)) for entry in journal]
+    try:
+        held = memory.read_many(spans)
+    except LivegraftError:
+        redirected = None  # the image was unloaded, and its functions with it
+    else:
+        redirected = sum(entry.after == data for entry, data in zip(journal, held, strict=True))
+    return CarriedPatch(record, len(journal), redirected, mapped_bytes(record))
