@@ -20,10 +20,11 @@ from fixtures.build import Variant, matrix
 Kv = Callable[..., Path]
 
 CHANGED = (
-    {"answer_version", "answer", "look_up", "answer_weight", "joined_size"},
-    {"answer_version", "command_run", "table_append"},
+    {"answer", "look_up", "answer_weight", "joined_size"},
+    {"command_run", "table_append"},
 )
-"""Changed from version 1 to 2: as written (-O0), and with all inlined that can be."""
+"""Changed from version 1 to 2: as written (-O0), and with all inlined that can be. Not answer_version: it is
+reached by a table of pointers only, which the patch has a copy of, so that its old entry may stay as it is."""
 
 
 def names(program: Path) -> dict[int, str]:
@@ -53,7 +54,7 @@ def test_what_is_new_has_no_old_address(variant: Variant, kv: Kv) -> None:
     patch = diff(kv(1, variant), kv(2, variant), Options())
     known = names(kv(2, replace(variant, stripped=False)))
     added = {known[one.new_start].split(".")[0] for one in patch.functions if one.old_start is None}
-    assert added == {"answer_exists"}
+    assert {"answer_exists"} <= added <= {"answer_exists", "answer_version"}
 
 
 @pytest.mark.parametrize("variant", matrix(), ids=lambda variant: variant.name)
