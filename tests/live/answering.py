@@ -1,0 +1,150 @@
+"""A running ``fixtures/answer.c`` and the patches for it, for the tests of the transaction."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+
+from elfdiff.patchobject import PatchObject
+from patcher.memory import Memory
+from patcher.proc import mappings
+from tests.patchmaker import compile_version, make_patch
+
+SOURCE = Path(__file__).parents[2] / "fixtures" / "answer.c"
+CHANGED = ("left", "right", "answer", "held")
+SPREAD = "-falign-functions=4096"  # every function on a page of its own, so that a plan has several writes
+ANSWERS = {version: str(version * 1001) for version in (1, 2, 3)}
+
+
+class Answering:
+    """The program, running; ``ask`` sends a line and returns the answer."""
+
+    def __init__(self, program: Path) -> None:
+        self.program = program
+        self._process = subprocess.Popen([program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        self.pid = self._process.pid
+        assert self._line() == "ready"
+
+    def __enter__(self) -> Answering:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, f"the program has died: {self._process.wait()}"
+        return line.strip()
+
+    def ask(self, question: str = "ask") -> str:
+        assert self._process.stdin is not None
+        self._process.stdin.write(question + "\n")
+        return self._line()
+
+    def answers(self, version: int) -> None:
+        """Assert that this version runs, in every thread, and no other."""
+        assert self.ask() == ANSWERS[version]
+        assert int(self.ask("calls")) > 0
+
+    def never_mixed(self) -> None:
+        """Assert that no answer was ever put together from two versions."""
+        assert self.ask("mixed") == "0"
+
+    @property
+    def maps(self) -> list[str]:
+        """What is mapped, without the mappings of the C library's threads, which come and go."""
+        return [
+            f"{item.start:x}-{item.end:x} {item.perms} {item.path}"
+            for item in mappings(self.pid)
+            if item.path and item.path != "[heap]"
+        ]
+
+    @property
+    def patch_mappings(self) -> int:
+        return sum("memfd" in line for line in self.maps)
+
+    @property
+    def descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def code(self) -> dict[str, bytes]:
+        """The bytes of every executable mapping that can be read."""
+        with Memory(self.pid) as memory:
+            return {
+                f"{item.start:x} {item.path}": memory.read(item.start, item.size)
+                for item in mappings(self.pid)
+                if item.executable and item.path != "[vsyscall]"
+            }
+
+
+@dataclass(frozen=True)
+class Versions:
+    """Three builds of the program and the patches from the first to the others."""
+
+    programs: dict[int, Path]
+    to: dict[int, PatchObject]
+
+
+@cache
+def versions(folder: Path, *flags: str) -> Versions:
+    programs = {version: compile_version(SOURCE, version, folder, *flags) for version in ANSWERS}
+    patches = {version: make_patch(programs[1], programs[version], *CHANGED) for version in (2, 3)}
+    return Versions(programs, patches)
+
+
+@contextmanager
+def child(work: Callable[[], None]) -> Iterator[int]:
+    """Run ``work`` in a child process; yields its pid, kills it if it still runs at the end."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            os._exit(99)
+    try:
+        yield pid
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def die_at(step: int) -> Callable[[str], None]:
+    """An ``on_step`` that kills this very process at the given step, counted from 0."""
+    seen = 0
+
+    def on_step(name: str) -> None:
+        nonlocal seen
+        if seen == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        seen += 1
+
+    return on_step
+
+
+def killed_at(step: int, work: Callable[[Callable[[str], None]], object]) -> bool:
+    """Do ``work(on_step)`` in a process that is killed at a step; False if it ended before it got there."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work(die_at(step))
+            os._exit(0)
+        except BaseException:
+            os._exit(99)
+    _, status = os.waitpid(pid, 0)
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return True
+    assert os.WEXITSTATUS(status) == 0, "the work failed instead of being killed"
+    return False
