@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Final, Protocol
 
 RSP: Final = 7
@@ -25,9 +26,14 @@ RESTORER_SIZE: Final = 9
 """Bytes of the longest; a program counter that far behind its start is past it."""
 
 # struct rt_sigframe (arch/x86/include/asm/sigframe.h): pretcode, which is the restorer's address; then struct
-# ucontext, whose uc_mcontext is at 40 and holds r8 first; rsp is its 16th word.
-SIGFRAME_RSP: Final = 8 + 40 + 15 * 8
-"""Offset of the interrupted rsp from the word that holds the restorer's address, in bytes."""
+# ucontext: uc_flags, uc_link, uc_stack (24 bytes), and uc_mcontext with r8 to r15, rdi, rsi, rbp, rbx, rdx, rax,
+# rcx, rsp, rip, flags, cs.
+_SIGFRAME = struct.Struct("<8x Q 32x 120x Q 16x H")  # uc_flags, rsp, cs
+_USER_CODE = frozenset({0x33, 0x23, 0xE033, 0xE023})  # native and Xen PV, 64 bit and 32 bit
+_KNOWN_UC_FLAGS = 7  # include/uapi/asm/ucontext.h
+
+SIGFRAME_SIZE: Final = _SIGFRAME.size
+"""Bytes of a signal frame that ``interrupted_stack`` looks at, from the word with the restorer's address."""
 
 
 class GeneralRegisters(Protocol):
@@ -49,3 +55,13 @@ class GeneralRegisters(Protocol):
 def dwarf_registers(registers: GeneralRegisters) -> dict[int, int]:
     """DWARF register number -> value."""
     return {number: getattr(registers, name) for number, name in enumerate(DWARF_REGISTERS)}
+
+
+def interrupted_stack(frame: bytes) -> int | None:
+    """The rsp that a signal frame of ``SIGFRAME_SIZE`` bytes holds; None where it is none.
+
+    A word that equals a restorer's address need not begin one: every struct sigaction holds such a word.
+    """
+    flags, pointer, code_segment = _SIGFRAME.unpack(frame)
+    is_frame = flags <= _KNOWN_UC_FLAGS and code_segment in _USER_CODE
+    return int(pointer) if is_frame else None

@@ -10,10 +10,8 @@ Not seen are stacks that no thread runs on (coroutines that are switched away).
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -23,11 +21,11 @@ from elfdiff.cursor import ReadBytes
 from elfdiff.errors import LivegraftError, NotPermitted
 
 from .forbidden import ForbiddenRange, ForbiddenRanges
-from .frames_x86_64 import RESTORER_SIZE, SIGFRAME_RSP
+from .frames_x86_64 import RESTORER_SIZE, SIGFRAME_SIZE, interrupted_stack
 from .memory import Memory
 from .proc import Mapping, mappings, read_proc_file
 from .restorers import find_restorers
-from .stackmemory import StackMemory
+from .stackmemory import StackMemory, StackWords
 from .unwind import Stack, StackEnd, Unwinder
 from .unwindtables import UnwindTable, unwind_tables
 
@@ -79,17 +77,18 @@ class Quiescence:
 
 @dataclass(frozen=True, slots=True)
 class _Area:
-    """A run of stack memory; address and length are multiples of 8."""
+    """A run of stack memory, [start, end), and where it was read to."""
 
     start: int
-    data: bytes
+    end: int
+    words: StackWords
+    number: int
 
     def __contains__(self, address: object) -> bool:
-        return isinstance(address, int) and 0 <= address - self.start < len(self.data)
+        return isinstance(address, int) and self.start <= address < self.end
 
     def read(self, address: int, size: int) -> bytes | None:
-        offset = address - self.start
-        return self.data[offset : offset + size] if 0 <= offset <= len(self.data) - size else None
+        return self.words.read(self.number, address, size) if address in self else None
 
 
 @dataclass(slots=True)
@@ -116,21 +115,6 @@ class _Examined:
             return memory.read(address, size)
 
         return read
-
-
-class _Words:
-    """The words of several stacks, one stack after the other."""
-
-    def __init__(self, read: list[tuple[_Examined, _Area]]) -> None:
-        self.read = read
-        self.words = np.frombuffer(b"".join([area.data for _, area in read]), dtype="<u8")
-        self._ends = list(accumulate(len(area.data) // 8 for _, area in read))
-
-    def locate(self, index: int) -> tuple[_Examined, int]:
-        """The thread and the address of a word."""
-        number = bisect_right(self._ends, index)
-        item, area = self.read[number]
-        return item, area.start + len(area.data) - 8 * (self._ends[number] - index)
 
 
 class StackCheck:
@@ -219,13 +203,14 @@ class StackCheck:
         scanned = 0
         stacks = [(item, item.thread.registers.rsp) for item in examined]
         for switches in range(_MAX_SWITCHES):
-            read = self._read_stacks(stacks, MAX_STACKS - scanned)
-            words = _Words(read)
-            for index in self._ranges.return_addresses(words.words).tolist():
-                item, address = words.locate(index)
-                item.hits.append((address, int(words.words[index])))
-            scanned += 8 * len(words.words)
-            stacks = list(self._interrupted_stacks(words, innermost=switches == 0))
+            found: list[tuple[_Examined, int]] = []
+            for items, words in self._read_stacks(stacks, MAX_STACKS - scanned):
+                scanned += words.words.nbytes
+                for index in self._ranges.return_addresses(words.words).tolist():
+                    number, address = words.locate(index)
+                    items[number].hits.append((address, int(words.words[index])))
+                found += self._interrupted_stacks(items, words, innermost=switches == 0)
+            stacks = found
             if not stacks:
                 break
         for item, _ in stacks:
@@ -240,9 +225,12 @@ class StackCheck:
             item = examined[index * 8 // len(registers[0])]
             item.hits.append((None, int(words[index])))
 
-    def _read_stacks(self, stacks: list[tuple[_Examined, int]], room: int) -> list[tuple[_Examined, _Area]]:
-        """Read every stack from its stack pointer up, in one call if all goes well."""
-        wanted: list[tuple[_Examined, int, int]] = []
+    def _read_stacks(
+        self, stacks: list[tuple[_Examined, int]], room: int
+    ) -> list[tuple[list[_Examined], StackWords]]:
+        """Read every stack from its stack pointer up; all in one go unless one cannot be read."""
+        items: list[_Examined] = []
+        runs: list[tuple[int, int]] = []
         for item, pointer in stacks:
             start = pointer & ~7
             if pointer != start:
@@ -254,40 +242,44 @@ class StackCheck:
                 item.doubts.append(f"its stack at {pointer:#x} is larger than what is scanned")
             else:
                 room -= end - start
-                wanted.append((item, start, end - start))
-        return self._read_areas(wanted)
+                items.append(item)
+                runs.append((start, end - start))
+        return self._read_runs(items, runs)
 
-    def _read_areas(self, wanted: list[tuple[_Examined, int, int]]) -> list[tuple[_Examined, _Area]]:
+    def _read_runs(
+        self, items: list[_Examined], runs: list[tuple[int, int]]
+    ) -> list[tuple[list[_Examined], StackWords]]:
         try:
-            data = self._memory.read_many([(start, size) for _, start, size in wanted])
+            words = self._stacks.read(runs)
         except NotPermitted:
             raise
         except LivegraftError as error:
-            if len(wanted) == 1:
-                wanted[0][0].doubts.append(f"{error}: {error.why}")
+            if len(items) == 1:
+                items[0].doubts.append(f"{error}: {error.why}")
                 return []
-            return [read for one in wanted for read in self._read_areas([one])]
-        read = [(item, _Area(start, part)) for (item, start, _), part in zip(wanted, data, strict=True)]
-        for item, area in read:
-            item.areas.append(area)
-        return read
+            pairs = zip(items, runs, strict=True)
+            return [read for item, run in pairs for read in self._read_runs([item], [run])]
+        for number, (item, (start, size)) in enumerate(zip(items, runs, strict=True)):
+            item.areas.append(_Area(start, start + size, words, number))
+        return [(items, words)]
 
-    def _interrupted_stacks(self, words: _Words, *, innermost: bool) -> Iterator[tuple[_Examined, int]]:
+    def _interrupted_stacks(
+        self, items: list[_Examined], words: StackWords, *, innermost: bool
+    ) -> Iterator[tuple[_Examined, int]]:
         """Stacks that signal frames lead to and that have not been read yet."""
-        frames: dict[int, list[int]] = {}  # id of thread -> where its signal frames are
-        examined = {item.thread.tid: item for item, _ in words.read}
+        frames: dict[int, list[int]] = {}  # number of the stack -> where its signal frames are
         for restorer in self._restorers.addresses:
             for index in np.flatnonzero(words.words == np.uint64(restorer)).tolist():
-                item, address = words.locate(index)
-                frames.setdefault(item.thread.tid, []).append(address)
-        for item in examined.values() if innermost else ():
+                number, address = words.locate(index)
+                frames.setdefault(number, []).append(address)
+        for number, item in enumerate(items) if innermost else ():
             if self._in_restorer(item.rip):
                 # The handler has returned and so taken the restorer's address off the stack.
-                frames.setdefault(item.thread.tid, []).append(item.thread.registers.rsp - 8)
+                frames.setdefault(number, []).append(item.thread.registers.rsp - 8)
             if self._restorers.unsure:
                 item.doubts.append(self._restorers.unsure)
-        for tid, addresses in frames.items():
-            yield from self._switches(examined[tid], addresses)
+        for number, addresses in frames.items():
+            yield from self._switches(items[number], addresses)
 
     def _switches(self, item: _Examined, frames: list[int]) -> Iterator[tuple[_Examined, int]]:
         if len(frames) > _MAX_SIGNAL_FRAMES:
@@ -295,12 +287,12 @@ class StackCheck:
             return
         for address in frames:
             try:
-                saved = item.reader(self._memory)(address + SIGFRAME_RSP, 8)
+                frame = item.reader(self._memory)(address, SIGFRAME_SIZE)
             except LivegraftError as error:
                 item.doubts.append(f"a signal frame is cut off: {error.why}")
                 continue
-            pointer = int.from_bytes(saved, "little")
-            if not any(pointer in area for area in item.areas):
+            pointer = interrupted_stack(frame)
+            if pointer is not None and not any(pointer in area for area in item.areas):
                 yield item, pointer
 
     def _in_restorer(self, pc: int) -> bool:
