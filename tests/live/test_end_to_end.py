@@ -18,6 +18,8 @@ pytestmark = pytest.mark.root
 
 Kv = Callable[..., Path]
 TIMEOUT = ("--timeout", 60)
+RATE = 3000.0
+"""Batches a second: every worker is busy now and then, and a processor is left for the tool."""
 
 
 def states(livegraft: Livegraft, pid: int) -> list[str]:
@@ -43,18 +45,15 @@ def test_a_fix_comes_and_goes_under_load(
     variant: Variant, kv: Kv, livegraft: Livegraft, tmp_path: Path
 ) -> None:
     patch = make(livegraft, kv, (1, 2), tmp_path, variant)
-    with run_kv(kv(1, variant)) as daemon, Load(daemon.port) as load:
+    with run_kv(kv(1, variant)) as daemon, Load(daemon.port, rate=RATE) as load:
         assert probe(daemon.port) == PROBES[1]
-        livegraft("check", patch, "--pid", daemon.pid)
-        assert altered_code(daemon.pid) == []
         assert livegraft("apply", patch, "--pid", daemon.pid, "--json", *TIMEOUT).json["state"] == "applied"
         load.more(2000)
         assert probe(daemon.port) == PROBES[2]
-        assert states(livegraft, daemon.pid) == ["applied"]
+        assert altered_code(daemon.pid) != []
         livegraft("revert", "--pid", daemon.pid)
         load.more(2000)
         assert probe(daemon.port) == PROBES[1]
-        assert states(livegraft, daemon.pid) == []
         assert altered_code(daemon.pid) == []
         assert writable_and_executable(daemon.pid) == []
         report = load.stop()
@@ -62,9 +61,28 @@ def test_a_fix_comes_and_goes_under_load(
     assert (report.failed, report.reconnects, report.failures) == (0, 0, ())
 
 
+def test_a_check_says_what_apply_would_do_and_does_nothing(kv: Kv, livegraft: Livegraft, tmp_path: Path) -> None:
+    patch = make(livegraft, kv, (1, 2), tmp_path)
+    with run_kv(kv(1)) as daemon:
+        livegraft("check", patch, "--pid", daemon.pid)
+        assert probe(daemon.port) == PROBES[1]
+        assert altered_code(daemon.pid) == []
+        assert states(livegraft, daemon.pid) == []
+
+
+def test_status_follows(kv: Kv, livegraft: Livegraft, tmp_path: Path) -> None:
+    patch = make(livegraft, kv, (1, 2), tmp_path)
+    with run_kv(kv(1)) as daemon:
+        assert states(livegraft, daemon.pid) == []
+        livegraft("apply", patch, "--pid", daemon.pid, *TIMEOUT)
+        assert states(livegraft, daemon.pid) == ["applied"]
+        livegraft("revert", "--pid", daemon.pid)
+        assert states(livegraft, daemon.pid) == []
+
+
 def test_a_later_patch_replaces_an_earlier_one(kv: Kv, livegraft: Livegraft, tmp_path: Path) -> None:
     first, second = (make(livegraft, kv, versions, tmp_path) for versions in ((1, 2), (1, 3)))
-    with run_kv(kv(1)) as daemon, Load(daemon.port) as load:
+    with run_kv(kv(1)) as daemon, Load(daemon.port, rate=RATE) as load:
         livegraft("apply", first, "--pid", daemon.pid, *TIMEOUT)
         assert probe(daemon.port) == PROBES[2]
         livegraft("apply", second, "--pid", daemon.pid, *TIMEOUT)
