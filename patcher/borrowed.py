@@ -1,8 +1,8 @@
 """One thread of the target, borrowed to make system calls and given back as it was.
 
 Which threads may be borrowed: one that stopped because we asked (PTRACE_EVENT_STOP) and not for a signal; in
-64-bit mode; not inside a restartable sequence, which the kernel would forget to abort (rseq(2)). A thread that
-sleeps uninterruptibly (state D: also the parent in a vfork) is not asked, since it could not stop.
+64-bit mode; not inside a restartable sequence, which the kernel would forget to abort (rseq(2)). A thread
+that sleeps uninterruptibly (state D: also the parent in a vfork) is not asked, since it could not stop.
 """
 
 from __future__ import annotations

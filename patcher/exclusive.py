@@ -16,9 +16,9 @@ from .proc import no_such_process
 def exclusive(pid: int, name: str = "mem") -> Iterator[None]:
     """Hold a process against every other user of this function with the same ``name``.
 
-    The lock is a flock(2) on ``/proc/PID/NAME``: it is bound to the process itself and not to a number, needs no
-    directory of ours, ends with the death of its holder, and cannot be taken by those who may not trace the
-    process. ``name`` must be a file that only they may open (``mem``, ``auxv``).
+    The lock is a flock(2) on ``/proc/PID/NAME``: it is bound to the process itself and not to a number, needs
+    no directory of ours, ends with the death of its holder, and cannot be taken by those who may not trace
+    the process. ``name`` must be a file that only they may open (``mem``, ``auxv``).
 
     Raises Busy (somebody else holds it), BadInput (no such process), NotPermitted.
     """

@@ -3,13 +3,14 @@
     with Memory(pid) as memory, RemoteCaller(pid, memory) as caller:
         address = caller.mmap(near, 1 << 20, PROT_READ | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS)
 
-The stub (``trampolines.stub_x86_64``) is written with its context before the thread is pointed at it; from then
-on the thread finds its own way back. While this process lives, the thread is put back by hand instead, with the
-very registers that it was stopped with, so that the kernel itself settles what becomes of the interrupted call:
-a restart, or EINTR where a signal handler runs (``registers_x86_64``).
+The stub (``trampolines.stub_x86_64``) is written with its context before the thread is pointed at it; from
+then on the thread finds its own way back. While this process lives, the thread is put back by hand instead,
+with the very registers that it was stopped with, so that the kernel itself settles what becomes of the
+interrupted call: a restart, or EINTR where a signal handler runs (``registers_x86_64``).
 
 A signal is never delivered while the thread's registers are ours. A thread that is about to receive one is
-given back its registers and let go with the signal, and another thread, or the same one again, makes the call.
+given back its registers and let go with the signal, and another thread, or the same one again, makes the
+call.
 """
 
 from __future__ import annotations
