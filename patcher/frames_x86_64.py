@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import struct
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from .registers_x86_64 import Registers
 
 RSP: Final = 7
 RETURN_ADDRESS: Final = 16
@@ -15,9 +18,6 @@ DWARF_REGISTERS: Final = (
 
 CALL_CLOBBERED: Final = frozenset({0, 1, 2, 4, 5, 8, 9, 10, 11})
 """DWARF numbers of what a called function may overwrite without saving (psABI x86-64 1.0, figure 3.4)."""
-
-USER_CODE_64: Final = 0x33
-"""cs in 64-bit mode (__USER_CS, arch/x86/include/asm/segment.h)."""
 
 # What a signal handler returns to (SA_RESTORER): mov $15, %rax or %eax; syscall, which is rt_sigreturn(2).
 RESTORER_BEGINNINGS: Final = (b"\x48\xc7\xc0", b"\xb8")
@@ -36,23 +36,7 @@ SIGFRAME_SIZE: Final = _SIGFRAME.size
 """Bytes of a signal frame that ``interrupted_stack`` looks at, from the word with the restorer's address."""
 
 
-class GeneralRegisters(Protocol):
-    """What is read of ``user_regs_struct``; every field of ``DWARF_REGISTERS`` and ``cs``."""
-
-    @property
-    def rip(self) -> int:
-        """The program counter."""
-
-    @property
-    def rsp(self) -> int:
-        """The stack pointer."""
-
-    @property
-    def cs(self) -> int:
-        """The code segment selector."""
-
-
-def dwarf_registers(registers: GeneralRegisters) -> dict[int, int]:
+def dwarf_registers(registers: Registers) -> dict[int, int]:
     """DWARF register number -> value."""
     return {number: getattr(registers, name) for number, name in enumerate(DWARF_REGISTERS)}
 

@@ -235,7 +235,7 @@ class StackCheck:
             start = pointer & ~7
             if pointer != start:
                 item.doubts.append(f"its stack pointer {pointer:#x} is not aligned")
-            end = self._stacks.end(start, start + self._max_stack)
+            end = self._stacks.end(start, item.thread.registers.fs_base, start + self._max_stack)
             if end is None:
                 item.doubts.append(f"its stack pointer {pointer:#x} is in no mapping")
             elif end - start > min(self._max_stack, room):

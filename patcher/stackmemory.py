@@ -141,17 +141,19 @@ class StackMemory:
         kind = NotPermitted if number == errno.EPERM else LivegraftError
         raise kind(f"stacks of process {self._pid} could not be read", why=os.strerror(number))
 
-    def end(self, address: int, limit: int) -> int | None:
-        """One past the last byte that the stack at ``address`` may have; None where nothing is mapped there.
+    def end(self, pointer: int, thread_pointer: int, limit: int) -> int | None:
+        """One past the last byte that the stack at ``pointer`` may have; None where nothing is mapped there.
 
         A stack goes on into the next mapping where that is adjacent, readable and writable: mlock(2),
-        madvise(2) or mprotect(2) on a part of a stack splits its mapping. Looking stops at ``limit``.
+        madvise(2) or mprotect(2) on a part of a stack splits its mapping. Not so where the mapping holds
+        the ``thread_pointer`` (fs_base), too: C libraries keep the thread's control block at the very top of
+        its stack. Looking stops at ``limit``.
         """
-        found = self._mapping(address)
+        found = self._mapping(pointer)
         if found is None or not found[1] & _READABLE:
             return None
         end, _ = found
-        while end < limit:
+        while end < limit and not pointer < thread_pointer < end:
             found = self._mapping(end)
             if found is None or ~found[1] & (_READABLE | _WRITABLE):
                 break

@@ -18,14 +18,8 @@ from elfdiff.cursor import ReadBytes
 from elfdiff.dwarfexpression import evaluate
 from elfdiff.errors import BadInput, LivegraftError
 
-from .frames_x86_64 import (
-    CALL_CLOBBERED,
-    RETURN_ADDRESS,
-    RSP,
-    USER_CODE_64,
-    GeneralRegisters,
-    dwarf_registers,
-)
+from .frames_x86_64 import CALL_CLOBBERED, RETURN_ADDRESS, RSP, dwarf_registers
+from .registers_x86_64 import USER_CODE_64, Registers
 from .unwindtables import UnwindTable
 
 MAX_FRAMES = 1024
@@ -97,7 +91,7 @@ class Unwinder:
         for table in self._tables:
             self._load(table)
 
-    def unwind(self, registers: GeneralRegisters, read: ReadBytes, *, max_frames: int = MAX_FRAMES) -> Stack:
+    def unwind(self, registers: Registers, read: ReadBytes, *, max_frames: int = MAX_FRAMES) -> Stack:
         """The frames of a thread that is stopped with ``registers``; ``read`` reads its stack.
 
         Raises nothing about the target: what cannot be unwound is an incomplete ``Stack``.

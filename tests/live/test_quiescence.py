@@ -204,7 +204,7 @@ def test_the_interrupted_stack_of_a_thread_on_an_alternate_stack(stacks: Stacks,
         process.stop()
         (pointer,) = (t.registers.rsp for t in process.threads if t.tid == tid)
     with StackMemory(stacks.pid) as stack_memory:
-        end = stack_memory.end(pointer, 1 << 62)
+        end = stack_memory.end(pointer, 0, 1 << 62)
         assert end is not None
         words = stack_memory.read([(pointer & ~7, end - (pointer & ~7))]).words.tolist()
     function = stacks.function("alternate")
@@ -262,12 +262,12 @@ def test_ends_of_stacks_are_the_same_without_the_query(stacks: Stacks) -> None:
         seize(stacks.pid) as process,
     ):
         process.stop()
-        pointers = [thread.registers.rsp for thread in process.threads]
-        ends = [new.end(pointer, 1 << 62) for pointer in pointers]
-        assert ends == [old.end(pointer, 1 << 62) for pointer in pointers]
-        assert all(end is not None and end > pointer for end, pointer in zip(ends, pointers, strict=True))
+        stops = [(thread.registers.rsp, thread.registers.fs_base, 1 << 62) for thread in process.threads]
+        ends = [new.end(*stop) for stop in stops]
+        assert ends == [old.end(*stop) for stop in stops]
+        assert all(end is not None and end > stop[0] for end, stop in zip(ends, stops, strict=True))
         for nowhere in (8, 1 << 46, (1 << 47) - 4096):
-            assert new.end(nowhere, 1 << 62) is old.end(nowhere, 1 << 62) is None
+            assert new.end(nowhere, 0, 1 << 62) is old.end(nowhere, 0, 1 << 62) is None
 
 
 @pytest.fixture(scope="module")
