@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> Report:
     contents = outcome.contents
     head = f"{safe(outcome.process)} (pid {outcome.pid})"
     if outcome.already:
-        text = [f"{head}: patch {contents.patch[:12]} is not in force already; nothing was written"]
+        text = [f"{head}: patch {contents.patch[:12]} is out of force already; nothing was written"]
     else:
         text = [
             f"{head}: patch {contents.patch[:12]} is no longer in force",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elfdiff.errors import Refused
@@ -96,6 +96,7 @@ def layouts(draw: st.DrawFn) -> tuple[Surroundings, Mapping]:
     return around(*maps, start_brk=brk), image
 
 
+@settings(deadline=None)
 @given(layouts(), st.integers(1, 1 << 26), st.booleans())
 def test_every_candidate_is_free_and_reachable(layout: tuple[Surroundings, Mapping], size: int, fixed: bool) -> None:
     where, image = layout

@@ -6,7 +6,7 @@ import struct
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elfdiff.errors import LivegraftError
@@ -125,6 +125,7 @@ def test_a_text_with_the_right_digest_and_wrong_fields_is_refused(wrong: dict[st
         decode_record(encode_record(contents(**wrong)), ADDRESS)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300), st.integers(0, 8191), st.integers(1, 255))
 def test_flipped_and_random_bytes_give_a_record_or_a_clear_error(noise: bytes, at: int, flip: int) -> None:
     data = bytearray(encode_record(contents()))
