@@ -17,8 +17,8 @@ import numpy as np
 from elfdiff.cursor import Cursor, ReadBytes, damaged, read_exactly
 from elfdiff.ehframe import PE_ABSPTR, PE_PCREL, Cie, FdeTable, fixed_format, read_cie
 
-MAX_FDE = 1 << 20
-"""Largest FDE that is interpreted, in bytes."""
+MAX_FDE = 1 << 18
+"""Largest FDE that is interpreted, in bytes; the largest of a C++ compiler has a tenth of it."""
 _MAX_REGISTER = 128  # psABI x86-64 1.0, figure 3.36, ends at 125
 
 

@@ -286,6 +286,19 @@ def test_a_stack_pointer_that_leads_nowhere(odd: Path) -> None:
     assert "is in no mapping" in frame.why
 
 
+def test_a_return_address_of_zero_clears_only_what_is_below(odd: Path) -> None:
+    """Wrong unwind information finds a zero easily, so the walk may have ended too early."""
+    with run_stacks(odd, "zero") as running, Memory(running.pid) as memory:
+        assert running.process.stdout is not None and running.process.stdout.readline() == "waits\n"
+        base = check(running, memory, function_range(running, "zero_base"))
+        within = check(running, memory, function_range(running, "also_never_called"))
+        beyond = check(running, memory, function_range(running, "never_called"))
+    assert [frame.certain for frame in base.live] == [True]
+    assert within.quiescent and within.unwound == 1, "the word is there, but below the last frame"
+    (frame,) = beyond.live
+    assert not frame.certain and "the return address is 0" in frame.why
+
+
 def test_a_restorer_that_was_made_after_the_preparation(odd: Path) -> None:
     with (
         run_stacks(odd, "late") as running,
