@@ -106,6 +106,8 @@ def check_service(site: Site, kept: dict[str, bytes], number: int) -> None:
     """Keys, snapshot, reload from the snapshot, replication, clients: all as without a patch."""
     assert site.ask.ask("MGET", *kept) == list(kept.values())
     assert site.ask.ask("SAVE") == b"OK"
+    assert site.ask.ask("DEBUG", "RELOAD") == b"OK"
+    assert site.ask.ask("MGET", *kept) == list(kept.values())
     assert site.ask.ask("SET", f"round:{number}", number) == b"OK"
     wait_for_replica(site.ask)
     assert site.ask_replica.ask("GET", f"round:{number}") == str(number).encode()
@@ -159,7 +161,11 @@ def test_the_patch_holds_what_the_security_update_fixes(
 
 
 def test_twenty_rounds_under_load_with_a_replica(
-    patch: Path, builds: tuple[RedisBuild, RedisBuild], livegraft: Livegraft, site: Site
+    patch: Path,
+    builds: tuple[RedisBuild, RedisBuild],
+    livegraft: Livegraft,
+    site: Site,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     kept = fill(site.ask)
     pauses: list[int] = []
@@ -183,7 +189,8 @@ def test_twenty_rounds_under_load_with_a_replica(
         assert writable_and_executable(pid) == []
         check_service(site, kept, number)
     report = site.load.stop()
-    show(pauses, longest, report)
+    with capsys.disabled():
+        show(pauses, longest, report)
     assert (report.failed, report.reconnects, report.failures) == (0, 0, ())
     assert report.connections == 8
 
