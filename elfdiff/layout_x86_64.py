@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from elfdiff.code import Code
 from elfdiff.pairing import surviving_instructions
 
+PROLOGUE_SIZE = 32
+"""Bytes in which a frame pointer is set up, also behind the re-alignment of the stack."""
+
 
 @dataclass(frozen=True)
 class Shift:
@@ -49,13 +52,15 @@ def field_shifts(old: Code, new: Code, pairs: list[tuple[int, int]]) -> Iterator
             if old.raw[a : a + 15].tobytes() == new.raw[b : b + 15].tobytes():
                 continue
             for first, second in zip(operands(old, a), operands(new, b), strict=False):
-                on_stack = first[0] in stack or (framed and first[0] == x86_const.X86_REG_RBP)
+                # Fields have displacements of at least 0; below rbp lie the locals of a frame set up elsewhere.
+                frame = first[0] == x86_const.X86_REG_RBP and (framed or min(first[3], second[3]) < 0)
+                on_stack = frame or first[0] in stack
                 if first[:3] == second[:3] and first[3] != second[3] and not on_stack:
                     yield Shift(j, first[3], second[3])
 
 
 def _keeps_frame_pointer(code: Code, function: int) -> bool:
-    """The function begins ``[endbr64] push rbp; mov rbp, rsp``: displacements from rbp are its own locals."""
+    """The function sets up rbp as its frame pointer, so that displacements from it are its own locals."""
     start = int(code.starts[function]) - code.base
-    raw = code.raw[start : start + 8].tobytes().removeprefix(b"\xf3\x0f\x1e\xfa")
-    return raw.startswith((b"\x55\x48\x89\xe5", b"\x55\x48\x8b\xec"))
+    prologue = code.raw[start : start + PROLOGUE_SIZE].tobytes()
+    return b"\x48\x89\xe5" in prologue or b"\x48\x8b\xec" in prologue  # mov rbp, rsp, in both encodings

@@ -223,6 +223,9 @@ class Resolver:
     def _code(self, target: int, taken: bool) -> Place | str:
         function = self.new.function_of(target)
         if function < 0:
+            before = self.new.function_of(target - 1)
+            if before in self.functions and int(self.new.ends[before]) == target:
+                return Place(PATCH_IMAGE, target)  # behind a call that never returns: unreachable, kept as it is
             return "it lies between functions"
         entry = int(self.new.starts[function]) == target
         old_entry = self.comparison.old_entry(function)
