@@ -48,12 +48,12 @@ class Compiler:
     ) -> Path:
         """The linked file. ``order``: the object files in the order of linking, by name of their source.
 
-        ``-s`` changes no address: the unstripped build of the same sources names those of the stripped one.
-        Skips the test where the compiler is not installed.
+        strip(1) changes no address: the build with symbols names those of the stripped one. Skips the test where
+        the compiler is not installed.
         """
         files = {"main.c": sources} if isinstance(sources, str) else dict(sources)
         files = {name: files[name] for name in order or files}
-        command = [*BASE_FLAGS, *LINKS[link], *(["-s"] if stripped else []), *flags]
+        command = [*BASE_FLAGS, *LINKS[link], *flags]
         digest = hashlib.blake2b(digest_size=10)
         for part in (_version(cc), *command, *(text for item in files.items() for text in item)):
             digest.update(part.encode() + b"\0")
@@ -61,7 +61,7 @@ class Compiler:
         if not program.exists():
             program.parent.mkdir(parents=True, exist_ok=True)
             self._compile(cc, files, command, program)
-        return program
+        return _without_symbols(program) if stripped else program
 
     def pair(self, old: Sources, new: Sources, *flags: str, **options: object) -> tuple[Path, Path]:
         """Both builds with the same flags."""
@@ -79,6 +79,16 @@ class Compiler:
             )  # fmt: skip
             assert done.returncode == 0, done.stderr
             (folder / "linked").replace(program)
+
+
+def _without_symbols(program: Path) -> Path:
+    copy = program.parent / "stripped" / program.name
+    if not copy.exists():
+        copy.parent.mkdir(exist_ok=True)
+        draft = copy.with_name(f"{copy.name}.{os.getpid()}")
+        subprocess.run(["strip", "-o", draft, program], check=True)
+        draft.replace(copy)
+    return copy
 
 
 @cache

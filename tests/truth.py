@@ -271,6 +271,9 @@ def _content(truth: Truth, name: str) -> list[object]:
     """The bytes of an object, pointers as names."""
     symbol = truth.objects[name]
     raw = truth.read(symbol.start, symbol.size)
+    if name.startswith("reltable."):  # clang: 32-bit offsets from the table to what it lists
+        offsets = (int.from_bytes(raw[k : k + 4], "little", signed=True) for k in range(0, symbol.size, 4))
+        return [sorted(truth.names(symbol.start + offset)) for offset in offsets]
     return [
         sorted(truth.names(truth.pointers[symbol.start + k])) if symbol.start + k in truth.pointers else raw[k : k + 8]
         for k in range(0, symbol.size, 8)

@@ -1,0 +1,196 @@
+"""Constants by content: what differs must bring its readers into the patch, what says the same must not."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.compile import Compiler
+from tests.verdict import Pair, judge, program
+
+READS = "SEPARATE int reads(int x) { return t[x]; }\n"
+CALL = "reads(n)"
+
+
+def table(declaration: str, **words: tuple[str, str]) -> Pair:
+    """A table that ``reads`` indexes and nobody else names."""
+    return program(declaration + READS, CALL, **words)
+
+
+DIFFERING = {
+    "string": program('SEPARATE int reads(int x) { return puts("a WORD"); }', CALL, WORD=("cat", "dog")),
+    "string behind a pointer": program(
+        'static const char *const t[] = {"a", "b WORD", "c"};\nSEPARATE int reads(int x) { return puts(t[x]); }',
+        CALL, WORD=("cat", "dog"),
+    ),
+    "double": program("SEPARATE double reads(double x) { return x * NUM; }", "(int)reads(n)", NUM=("1.5", "1.25")),
+    "float vector": program(
+        "SEPARATE void reads(float *x) { for (int i = 0; i < 64; i++) x[i] *= NUM; }\nfloat q[64];",
+        "(reads(q), n)", NUM=("1.5f", "1.25f"),
+    ),
+    "ints": table("static const int t[] = {1000000001, 1000000002, NUM};\n", NUM=("1000000003", "1000000004")),
+    "first int": table("static const int t[] = {NUM, 1000000002, 1};\n", NUM=("1000000003", "1000000004")),
+    "small ints": table("static const int t[] = {1, 2, 3, NUM};\n", NUM=("4", "5")),
+    "bytes": table("static const unsigned char t[] = {1, 2, 200, NUM};\n", NUM=("4", "5")),
+    "values of a switch": program(
+        "SEPARATE int reads(int x) { switch (x) { case 0: return 51; case 1: return NUM; case 2: return 97;"
+        " case 3: return 111; case 4: return 17; case 5: return 1; } return 0; }", CALL, NUM=("8", "9"),
+    ),
+    "functions": program(
+        "SEPARATE int fa(int x) { return x + 1; }\nSEPARATE int fb(int x) { return x * x; }\n"
+        "static int (*const t[])(int) = {NAMES};\nSEPARATE int reads(int x) { return t[x](x); }",
+        CALL, NAMES=("fa, fb", "fb, fa"),
+    ),
+}  # fmt: skip
+
+
+RELATIVE_TABLE = pytest.mark.xfail(
+    strict=True,
+    reason="clang's table of 32-bit offsets (reltable) has equal bytes when the strings keep their lengths; the "
+    "strings that it leads to are then never compared",
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "cc"),
+    [
+        pytest.param(name, cc, marks=[RELATIVE_TABLE] if (name, cc) == ("string behind a pointer", "clang") else [])
+        for name in DIFFERING
+        for cc in ("gcc", "clang")
+    ],
+)
+def test_readers_of_what_differs_are_patched(name: str, cc: str, compiled: Compiler) -> None:
+    verdict = judge(compiled, DIFFERING[name], "-O3" if "vector" in name else "-O2", cc=cc).check()
+    assert verdict.reasons["reads"] == "constant"
+    assert cc == "clang" or len(verdict.reasons) == 1
+
+
+SAME = {
+    "moved strings": program(
+        'SEPARATE int reads(int x) { return puts("a word"); }\nSEPARATE int edits(int x) { puts("WORD"); return x; }',
+        "reads(n) + edits(n)", WORD=("short", "something that is much longer"),
+    ),
+    "moved table of strings": program(
+        'static const char *const t[] = {"a", "b", "c"};\nSEPARATE int reads(int x) { return puts(t[x]); }\n'
+        'SEPARATE int edits(int x) { puts("WORD"); return x; }',
+        "reads(n) + edits(n)", WORD=("short", "something that is much longer"),
+    ),
+    "moved switch": program(
+        'SEPARATE int reads(int x) { switch (x) { case 0: puts("a"); return 5; case 1: puts("b"); return 8;'
+        ' case 2: puts("c"); return 9; case 3: puts("d"); return 1; case 4: puts("e"); return 7; } return 0; }\n'
+        'SEPARATE int edits(int x) { puts("WORD"); return x; }',
+        "reads(n) + edits(n)", WORD=("short", "something that is much longer"),
+    ),
+    "tail of another string": program(
+        'SEPARATE int reads(int x) { return puts("word"); }\nSEPARATE int edits(int x) { puts("WORD"); return x; }',
+        "reads(n) + edits(n)", WORD=("short", "a longer word"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAME)
+@pytest.mark.parametrize("cc", ["gcc", "clang"])
+def test_readers_of_what_only_moved_are_left(name: str, cc: str, compiled: Compiler) -> None:
+    verdict = judge(compiled, SAME[name], cc=cc).check()
+    assert verdict.reasons["edits"] == "constant"
+    assert "reads" not in verdict.reasons
+
+
+def test_a_grown_switch_is_a_change(compiled: Compiler) -> None:
+    pair = program(
+        'SEPARATE int reads(int x) { switch (x) { case 0: puts("a"); return 5; case 1: puts("b"); return 8;'
+        ' case 2: puts("c"); return 9; case 3: puts("d"); return 1; case 4: puts("e"); return 7; CASE } return 0; }',
+        CALL, CASE=("", 'case 5: puts("f"); return 6;'),
+    )  # fmt: skip
+    verdict = judge(compiled, pair).check()
+    assert verdict.reasons["reads"] == "code"
+
+
+ELSEWHERE = "extern TYPE t[];\nSEPARATE int reads(int x) { return t[x]; }\n"
+DIRECT = "SEPARATE int direct(void) { return t[3]; }\n"
+POINTED = "SEPARATE int deref(const int *p) { return *p + 1; }\n"
+BOTH = "reads(n) + direct()"
+BIG = ("1000000005", "1000000006")
+
+
+def elsewhere(content: str, code: str, *, type_: str = "const int", **words: tuple[str, str]) -> Pair:
+    """A table in another translation unit, so that the compiler does not fold its elements."""
+    text = ELSEWHERE.replace("TYPE", type_) + code
+    return program(text, BOTH, {"table.c": f"{type_} t[40] = {{{content}}};"}, **words)
+
+
+ESCAPES = {
+    "far behind an element that is loaded directly": (
+        "Segment cut at MAX_LOAD: what lies more than 64 bytes behind a loaded address is never compared",
+        elsewhere("1000000001, 2000000001, 3, 4, 5, [30] = NUM, 99", DIRECT, NUM=BIG),
+    ),
+    "behind zeros": (
+        "a run of zeros in front of a named element counts as a closed string: blame stops at it",
+        elsewhere(
+            "0, 0, 0, NUM, 1000000009",
+            POINTED + "SEPARATE int direct(void) { return deref(&t[3]); }", NUM=BIG,
+        ),
+    ),
+    "behind an element that is loaded directly": (
+        "a loaded element counts as closed and stops the blame on its way to the table's beginning",
+        elsewhere(
+            "1000000001, 1000000001, 1, 3, NUM, 1000000009",
+            POINTED + "SEPARATE int direct(void) { return deref(&t[4]) + t[3]; }", NUM=BIG,
+        ),
+    ),
+    "row of a table of strings": (
+        "a first row that is text and zeros counts as a closed string, though later rows are read through it",
+        program(
+            "extern const char t[4][8];\nSEPARATE int reads(int x) { return puts(t[x]); }\n"
+            "SEPARATE int direct(void) { return puts(t[1]); }",
+            BOTH, {"table.c": 'const char t[4][8] = {"a", "WORD", "c", "d"};'}, WORD=("b", "B"),
+        ),
+    ),
+    "small numbers": (
+        "_same_offsets takes a table of small ints for offsets to strings; two that lead to zero bytes are 'equal'",
+        table("static const int t[] = {1, 2, 3, NUM};\n", NUM=("5", "6")),
+    ),
+    "small numbers, far": (
+        "_same_offsets takes a table of small ints for offsets to strings; two that lead to zero bytes are 'equal'",
+        table("static const int t[300] = {1, 2, 3, [299] = NUM};\n", NUM=("6", "7")),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.xfail(strict=True, reason=why)) for n, (why, _) in ESCAPES.items()]
+)
+def test_readers_through_the_beginning_of_a_table_are_patched(name: str, compiled: Compiler) -> None:
+    verdict = judge(compiled, ESCAPES[name][1])
+    assert verdict.safe
+
+
+GROWN = {
+    "numbers": elsewhere("1000000001, 1000000001, 3, 4 MORE", "SEPARATE int direct(void) { int s = 0;"
+    " for (int i = 0; i < COUNT; i++) s += reads(i); return s; }", MORE=("", ", 5, 6, 7, 8"), COUNT=("4", "8")),
+    "strings": program('static const char *const t[] = {"a", "b", "c" MORE};\n'
+    "SEPARATE const char *reads(int x) { return t[x]; }\nSEPARATE int direct(void) { int s = 0;"
+    " for (int i = 0; i < COUNT; i++) s += puts(reads(i)); return s; }", "direct()",
+    MORE=("", ', "d", "e"'), COUNT=("3", "5")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GROWN)
+@pytest.mark.xfail(
+    strict=True,
+    reason="equal as far as the shorter one goes, 'whole' is False, and the verdict is 'same' all the same: the "
+    "unchanged reader keeps the old, shorter table while the patched caller asks for the new elements",
+)
+def test_a_table_that_grew_brings_its_reader(name: str, compiled: Compiler) -> None:
+    pair = GROWN[name]
+    pair = Pair(pair.text, pair.words, {k: v.replace("t[40]", "t[]") for k, v in pair.files.items()})
+    verdict = judge(compiled, pair)
+    assert verdict.safe
+
+
+def test_a_table_with_a_sentinel_that_grew_brings_its_reader(compiled: Compiler) -> None:
+    pair = program(
+        'static const char *const t[] = {"a", "b", MORE 0};\nSEPARATE const char *reads(int x) { return t[x]; }\n'
+        "SEPARATE int prints(int n) { int s = 0; for (int i = 0; reads(i); i++) s += puts(reads(i)); return s; }",
+        "prints(n)", MORE=("", '"c", "d",'),
+    )  # fmt: skip
+    assert judge(compiled, pair).check().reasons == {"reads": "constant"}
