@@ -88,7 +88,8 @@ def _verb_in(words: Sequence[str]) -> str:
 
 def _perform(words: Sequence[str], verb: str) -> Report:
     parser, module = _parser(verb)
-    arguments = parser.parse_args(words)
+    # Without a verb only the wrong usage is to be said, not that its --json is unknown.
+    arguments = parser.parse_args(words if verb else [word for word in words if word != "--json"])
     if module is None or arguments.verb != verb:
         raise BadInput("no command was given", next_step="livegraft --help")
     return module.run(arguments)
