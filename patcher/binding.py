@@ -19,6 +19,7 @@ from elfdiff.patchobject import (
     OLD_IMAGE,
     PATCH_IMAGE,
     CheckedRange,
+    PatchFunction,
     PatchObject,
     RelocationType,
     Segment,
@@ -116,8 +117,17 @@ def _require_sound(patch: PatchObject) -> None:
     for function in patch.functions:
         if not _in_code(patch.segments, function.new_start, function.new_size):
             raise _unsound(f"the function {function.name} is not in an executable segment")
-        if function.entry_jump and (function.old_start is None or function.old_size is None):
-            raise _unsound(f"the function {function.name} has an entry jump and no old address")
+        if function.entry_jump:
+            _require_checked(function, patch.checked)
+
+
+def _require_checked(function: PatchFunction, checked: Sequence[CheckedRange]) -> None:
+    """An entry is only overwritten where the patch says which bytes belong there."""
+    start, size = function.old_start, function.old_size
+    if start is None or size is None:
+        raise _unsound(f"the function {function.name} has an entry jump and no old address")
+    if not any(item.start <= start and start + size <= item.start + item.size for item in checked):
+        raise _unsound(f"the old bytes of the function {function.name} are not among those to be checked")
 
 
 def _in_code(segments: Sequence[Segment], start: int, size: int) -> bool:
@@ -161,11 +171,14 @@ def _require_span(patch: PatchObject, module: Module) -> None:
 
 
 def pristine_bytes(records: Sequence[Record], module: Module) -> dict[int, bytes]:
-    """Return what the file has at each address of ``module`` that the records' entry jumps may cover."""
+    """Return what the file has at each address of ``module`` that an entry jump of the records may cover.
+
+    Only of records whose jumps may be in place: what is found at the others' entries is somebody else's doing.
+    """
     return {
         entry.address: entry.pristine
         for record in records
-        if record.state is not State.PREPARED
+        if record.state is State.APPLIED or record.interrupted
         for entry in record.contents.journal
         if entry.address in module
     }

@@ -200,6 +200,20 @@ def test_code_that_somebody_else_changed_is_refused(running: Answering, built: V
     running.answers(1)
 
 
+def test_an_entry_that_was_changed_after_a_revert_is_noticed(running: Answering, built: Versions) -> None:
+    apply(running.pid, built.to[2])
+    revert(running.pid)
+    functions = inspect_process(running.pid).patches[0].record.contents.functions
+    held = next(item for item in functions if item.name == "held")
+    assert held.old_start is not None
+    with Memory(running.pid) as memory:
+        memory.write(held.old_start, b"\xcc")
+    for patch in (built.to[2], built.to[3]):
+        with pytest.raises(Refused, match="not the code of build"):
+            apply(running.pid, patch)
+    running.answers(1)
+
+
 def test_an_entry_that_somebody_else_changed_is_not_reverted(running: Answering, built: Versions) -> None:
     apply(running.pid, built.to[2])
     held = next(

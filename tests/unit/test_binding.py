@@ -17,6 +17,7 @@ from elfdiff.patchobject import (
     PATCH_IMAGE,
     RELOCATION_DTYPE,
     Build,
+    CheckedRange,
     PatchFunction,
     PatchObject,
     Reason,
@@ -153,10 +154,13 @@ def function(**changes: object) -> PatchFunction:
         {"functions": (function(new_start=0x4000),)},
         {"functions": (function(new_size=0x10000),)},
         {"functions": (function(old_start=None, old_size=None),)},
+        {"functions": (function(),)},
+        {"functions": (function(),), "checked": (CheckedRange("f", 0x900, 31, ""),)},
     ],
 )
 def test_a_patch_that_contradicts_itself_is_bad_input(changes: dict[str, object]) -> None:
     _require_sound(patch())
+    _require_sound(patch(functions=(function(),), checked=(CheckedRange("f", 0x900, 32, ""),)))
     with pytest.raises(BadInput, match="contradicts itself"):
         _require_sound(patch(**changes))  # type: ignore[arg-type]
 
