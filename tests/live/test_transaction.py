@@ -5,16 +5,21 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from elfdiff.errors import Busy, LivegraftError, NotPermitted, Refused, TargetDamaged
+from elfdiff.patchobject import FIRST_IMPORT, RELOCATION_DTYPE, Import, RelocationType
 from fixtures.intact import altered_code
 from patcher.exclusive import exclusive
 from patcher.inspection import inspect_process
 from patcher.memory import Memory
+from patcher.proc import mappings
 from patcher.record import State
 from patcher.stopping import seize
 from patcher.transaction import apply, check, revert
@@ -316,6 +321,26 @@ def test_two_livegrafts_do_not_work_on_one_process(running: Answering, built: Ve
     with exclusive(running.pid, "auxv"), pytest.raises(Busy, match="another livegraft"):
         apply(running.pid, built.to[2])
     running.answers(1)
+
+
+def test_an_import_is_resolved_in_the_process(running: Answering, built: Versions) -> None:
+    patch = built.to[2]
+    place = patch.segments[1].vaddr + 0xF00
+    row = np.array([(place, RelocationType.ABS64, FIRST_IMPORT, 0)], dtype=RELOCATION_DTYPE)
+    importing = replace(
+        patch,
+        id="1" * 64,
+        imports=(Import("getppid", "GLIBC_2.2.5"),),
+        relocations=np.sort(np.concatenate((patch.relocations, row)), order="place"),
+    )
+    outcome = apply(running.pid, importing)
+    libc = next(item for item in mappings(running.pid) if item.path.endswith("/libc.so.6"))
+    listing = subprocess.run(["nm", "-D", libc.path], capture_output=True, text=True, check=True).stdout
+    value = next(line.split()[0] for line in listing.splitlines() if " getppid@" in line)
+    with Memory(running.pid) as memory:
+        slot = memory.read(place + outcome.contents.new_bias, 8)
+    assert int.from_bytes(slot, "little") == libc.start + int(value, 16)
+    running.answers(2)
 
 
 def test_functions_of_the_patch_are_those_that_were_named(running: Answering, built: Versions) -> None:
