@@ -10,7 +10,9 @@ from __future__ import annotations
 import errno
 import struct
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from elfdiff.errors import BadInput, Busy, LivegraftError, NotPermitted
 from trampolines.stub_x86_64 import RESTORED, RETURN_OFFSET, stub_bytes
@@ -19,7 +21,14 @@ from . import ptrace, tracees
 from .memory import Memory
 from .proc import no_such_process, status, thread_ids
 from .ptrace import Option, PtraceFailed
-from .registers_x86_64 import NO_SYSCALL, USER_CODE_64, Registers, restart, without_spurious_eintr
+from .registers_x86_64 import (
+    NO_SYSCALL,
+    PLAIN_EINTR,
+    USER_CODE_64,
+    Registers,
+    restart,
+    without_spurious_eintr,
+)
 from .tracees import Stop, StopKind
 
 _GETPID = 39  # syscall_64.tbl
@@ -143,13 +152,17 @@ def _unexpected(tid: int, why: str) -> LivegraftError:
     return LivegraftError(f"thread {tid} did not make a system call as told", why=why)
 
 
-def borrow(pid: int, memory: Memory, deadline: float) -> Borrowed:
+Candidates = Callable[[int], Sequence[int]]
+"""From a pid, the thread ids to ask, best first."""
+
+
+def borrow(pid: int, memory: Memory, deadline: float, candidates: Candidates) -> Borrowed:
     """Stop one thread of a process that may make system calls; ``deadline`` is a time.monotonic() value.
 
     Raises Busy (no thread was fit until then), BadInput (the process has exited), NotPermitted.
     """
     while True:
-        for tid in _by_preference(pid):
+        for tid in candidates(pid):
             thread = borrow_thread(pid, tid, memory)
             if thread is not None:
                 return thread
@@ -162,18 +175,33 @@ def borrow(pid: int, memory: Memory, deadline: float) -> Borrowed:
         time.sleep(_RETRY_PAUSE)
 
 
-def _by_preference(pid: int) -> list[int]:
-    """The living threads, sleeping ones first: what they do is known, and nobody waits for them."""
-    states: dict[int, str] = {}
+def by_preference(pid: int) -> list[int]:
+    """Return the threads of a process that may be asked to make a system call, the best first.
+
+    Best is one that sleeps in a call that the kernel restarts by itself: nobody waits for it, and if this
+    process is killed just when the thread stops, not even EINTR is seen. Raises BadInput (it has exited).
+    """
+    ranks: dict[int, int] = {}
+    alive = False
     for tid in thread_ids(pid):
         try:
-            states[tid] = status(tid).state
+            state = status(tid).state
         except BadInput:
             continue  # ended meanwhile
-    if not any(state not in "ZX" for state in states.values()):
+        alive |= state not in "ZX"
+        if state in "SRT":
+            ranks[tid] = 1 if state == "R" else 2 if _sleeps_in_plain_eintr(tid) else 0
+    if not alive:
         raise no_such_process(pid)
-    fit = [tid for tid, state in states.items() if state in "SRT"]
-    return sorted(fit, key=lambda tid: states[tid] != "S")
+    return sorted(ranks, key=lambda tid: ranks[tid])
+
+
+def _sleeps_in_plain_eintr(tid: int) -> bool:
+    try:
+        call = Path(f"/proc/{tid}/syscall").read_text(encoding="ascii").split()[0]
+    except OSError:
+        return True  # not known: the kernel lacks the file, or the thread has ended
+    return call.isdecimal() and int(call) in PLAIN_EINTR
 
 
 def borrow_thread(pid: int, tid: int, memory: Memory) -> Borrowed | None:

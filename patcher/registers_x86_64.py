@@ -90,7 +90,7 @@ class Registers(user_regs_struct):
 # Calls that fail with a plain EINTR when they are disturbed without a handler, from signal(7), "Interruption
 # of system calls and library functions by stop signals", and the kernel source beside each. Each has done
 # nothing yet when it says so, so asking again loses nothing but time: a relative timeout starts anew.
-_PLAIN_EINTR = frozenset(
+PLAIN_EINTR = frozenset(
     {
         # ep_poll, fs/eventpoll.c; no event has been taken.
         232,  # epoll_wait
@@ -122,6 +122,7 @@ _PLAIN_EINTR = frozenset(
         426,  # io_uring_enter
     }
 )
+"""Numbers of syscall_64.tbl."""
 # Not listed, though signal(7) names them as never restarted after a handler: poll, select, pause, sigsuspend,
 # msgrcv, msgsnd and nanosleep answer one of the numbers above, and close(2) must not be repeated.
 
@@ -132,7 +133,7 @@ def without_spurious_eintr(registers: Registers) -> Registers | None:
     For PTRACE_EVENT_STOP without group-stop, and signal-delivery-stop: see the head of this file. In a
     group-stop the EINTR is the stop signal's (signal(7)), and the program would see it without us.
     """
-    if registers.rax != _WORD - _EINTR or registers.orig_rax not in _PLAIN_EINTR:
+    if registers.rax != _WORD - _EINTR or registers.orig_rax not in PLAIN_EINTR:
         return None
     if registers.cs != USER_CODE_64:
         return None

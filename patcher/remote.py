@@ -24,7 +24,7 @@ from types import TracebackType
 from elfdiff.errors import LivegraftError
 from trampolines.stub_x86_64 import NAME_OFFSET, STUB_SIZE, stub
 
-from .borrowed import Borrowed, borrow, borrow_thread
+from .borrowed import Borrowed, Candidates, borrow, borrow_thread, by_preference
 from .caves import OldStub, find_caves, free_slot, no_room, old_stubs
 from .exclusive import exclusive
 from .memory import Memory
@@ -76,11 +76,18 @@ class RemoteCaller:
     goes on where it was and the stub is erased. Signals to this process act on leaving.
     """
 
-    def __init__(self, pid: int, memory: Memory, timeout: float = DEFAULT_TIMEOUT) -> None:
+    def __init__(
+        self,
+        pid: int,
+        memory: Memory,
+        timeout: float = DEFAULT_TIMEOUT,
+        candidates: Candidates = by_preference,
+    ) -> None:
         """Touch nothing yet. ``memory`` must be that of ``pid``; ``timeout`` is in seconds for each call."""
         self.pid = pid
         self._memory = memory
         self._timeout = timeout
+        self._candidates = candidates
         self._slot = 0
         self._written = False
         self._thread: Borrowed | None = None
@@ -136,7 +143,7 @@ class RemoteCaller:
     def _borrow(self, deadline: float) -> Borrowed:
         if self._quiet is None:
             self._quiet = self._stack.enter_context(Undisturbed())
-        thread = borrow(self.pid, self._memory, deadline)
+        thread = borrow(self.pid, self._memory, deadline, self._candidates)
         self._thread = thread
         self._memory.poke = thread.poke
         self._written = True

@@ -8,6 +8,7 @@ of it at the latest when this tracer exits.
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterable
@@ -59,15 +60,15 @@ def decode(wait_status: int) -> Stop:
     """Return what a status of waitpid(2) says about a seized thread (ptrace(2), "Stopped states")."""
     if not os.WIFSTOPPED(wait_status):
         return GONE
-    signal = os.WSTOPSIG(wait_status)
+    number = os.WSTOPSIG(wait_status)
     event = wait_status >> 16
     if event == _EVENT_STOP:
-        return Stop(StopKind.INTERRUPTED) if signal == _SIGTRAP else Stop(StopKind.GROUP, signal)
+        return INTERRUPTED if number == _SIGTRAP else Stop(StopKind.GROUP, number)
     if event:
         return Stop(StopKind.EVENT, event=event)
-    if signal == _SYSCALL_STOP:
+    if number == _SYSCALL_STOP:
         return Stop(StopKind.SYSCALL)
-    return Stop(StopKind.SIGNAL, signal)
+    return Stop(StopKind.SIGNAL, number)
 
 
 def poll(tid: int) -> Stop | None:
@@ -83,32 +84,53 @@ def poll(tid: int) -> Stop | None:
 def wait_for(tids: Iterable[int], deadline: float) -> dict[int, Stop]:
     """Wait until every one of ``tids`` has stopped or is gone; ``deadline`` is a time.monotonic() value.
 
-    Returns what was reported, without the threads that had not stopped by the deadline. It polls, because
-    waitpid(2) knows no timeout, and naps in between, so that tracees on this CPU get to run even under
-    a real-time tracer.
+    Returns what was reported, without the threads that had not stopped by the deadline.
     """
     stops: dict[int, Stop] = {}
     pending = list(tids)
     nap = _FIRST_NAP
     while True:
-        still = []
-        for tid in pending:
-            stop = poll(tid)
-            if stop is None:
-                still.append(tid)
-            else:
-                stops[tid] = stop
-        if not still or time.monotonic() >= deadline:
+        # waitpid(2) knows no timeout, so this polls; a stop in between ends the nap (see _nap).
+        late = time.monotonic() >= deadline
+        pending = _collect(pending, stops, thorough=late or nap >= _LONGEST_NAP)
+        if late or not pending:
             return stops
-        if nap >= _LONGEST_NAP:
-            # Slow path only: a dead leader is never reported while other threads live.
-            dead = [tid for tid in still if _is_dead(tid)]
-            stops.update((tid, GONE) for tid in dead)
-            _abandoned.update(dead)
-            still = [tid for tid in still if tid not in stops]
-        pending = still
-        time.sleep(nap)
+        _nap(nap)
         nap = min(nap * 2, _LONGEST_NAP)
+
+
+def _collect(pending: list[int], stops: dict[int, Stop], thorough: bool) -> list[int]:
+    """Take the reports of those that have stopped; return the others.
+
+    In haste they are asked in order and only up to the first that still runs, so that n threads cost n calls.
+    That may go on for ever: a thread in execve(2) stops only after the death of each other thread has been
+    taken notice of, and a main thread that ends before the others is a zombie that is never reported.
+    """
+    still = []
+    for index, tid in enumerate(pending):
+        stop = poll(tid)
+        if stop is None and thorough and _is_dead(tid):
+            _abandoned.add(tid)
+            stop = GONE
+        if stop is not None:
+            stops[tid] = stop
+        elif thorough:
+            still.append(tid)
+        else:
+            return pending[index:]
+    return still
+
+
+def _nap(seconds: float) -> None:
+    """Sleep, so that tracees on this CPU get to run even under a real-time tracer; not past a stop.
+
+    The kernel announces every stop by SIGCHLD. Where that is blocked, as in ``quiet.Undisturbed``, it can be
+    waited for; elsewhere, and where this program handles it, the whole nap is slept.
+    """
+    if signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL:
+        signal.sigtimedwait((signal.SIGCHLD,), seconds)
+    else:
+        time.sleep(seconds)
 
 
 def _is_dead(tid: int) -> bool:
@@ -144,9 +166,8 @@ def release_abandoned() -> int:
 
 def detach(tid: int, stop: Stop) -> bool:
     """Let go of a stopped thread, delivering the signal that it stopped for; False if it is gone."""
-    signal = stop.signal if stop.kind is StopKind.SIGNAL else 0
     try:
-        ptrace.detach(tid, signal)
+        ptrace.detach(tid, stop.signal if stop.kind is StopKind.SIGNAL else 0)
     except ptrace.PtraceFailed as error:
         if not error.gone:
             raise
