@@ -58,11 +58,6 @@ class Image:
         """All mappings, the record first."""
         return (BoundSegment(self.record, _RECORD_FLAGS, self.record_bytes), *self.segments)
 
-    @property
-    def spans(self) -> tuple[tuple[int, int], ...]:
-        """(start, size) of every mapping, the record last, as ``unmap`` takes them."""
-        return tuple((part.start, len(part.data)) for part in reversed(self.parts))
-
 
 def make_memory_file(caller: RemoteCaller) -> int | None:
     """Make an empty memory file in the target; return its descriptor there.

@@ -29,6 +29,7 @@ OnStep = Callable[[str], None]
 _FIRST_INTERVAL = 0.01
 _LONGEST_INTERVAL = 0.5
 _MAX_STACK_LINES = 16
+_MAX_FRAMES_SHOWN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,13 +176,15 @@ def _busy(
     first = live[0]
     names = ", ".join(dict.fromkeys(frame.name for frame in live))
     details = []
-    for frame in live:
+    for frame in live[:_MAX_FRAMES_SHOWN]:
         sure = "is in" if frame.certain else "may be in"
         details.append(f"thread {frame.tid} {sure} {frame.name}: {frame.why}")
         details += [
             f"    #{depth} {pc:#x} {describe(pc, depth, seen.modules, forbidden)}"
             for depth, pc in enumerate(frame.stack[:_MAX_STACK_LINES])
         ]
+    if len(live) > _MAX_FRAMES_SHOWN:
+        details.append(f"and {len(live) - _MAX_FRAMES_SHOWN} more")
     return Busy(
         f"{names} stayed live in process {seen.pid} ({seen.name})",
         why=f"thread {first.tid} {'is' if first.certain else 'may be'} in {first.name}; looked {tries} times "

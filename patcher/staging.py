@@ -30,7 +30,6 @@ from .plan import Plan, Situation, journal_for_apply, plan_apply, removed_ranges
 from .proc import mapping_over, mmap_min_addr, stack_limit, start_brk
 from .record import (
     FIRST_SLOT,
-    STATE_OFFSET,
     Contents,
     Record,
     RecordedFunction,
@@ -42,7 +41,6 @@ from .record import (
     permissions,
     record_size,
     segment_digest,
-    state_word,
 )
 from .remote import RemoteCaller, RemoteCallError
 from .target import Snapshot, leaked_descriptors, own_mappings
@@ -53,11 +51,10 @@ OnStep = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """A patch that is in the process and not in force; ``spans`` are the mappings made for it."""
+    """A patch that is in the process and not in force; ``mapped_bytes`` count its record, too."""
 
     contents: Contents
     plan: Plan
-    spans: tuple[tuple[int, int], ...]
     mapped_bytes: int
 
 
@@ -73,24 +70,9 @@ def stage(
         if record.contents.patch == binding.patch.id and _is_whole(record, binding, seen, memory):
             staged = _stage_again(record, binding, now, memory, tool_version)
             if staged is not None:
-                _sweep(seen, memory)
+                sweep(seen, memory)
                 return staged
     return _stage_anew(binding, now, seen, memory, tool_version, on_step)
-
-
-def unstage(staged: Staged, pid: int, memory: Memory) -> None:
-    """Take out again what ``stage`` has mapped, unless the patch is in force after all.
-
-    An interrupt that was held back during the pause comes after it, when the new code is running already:
-    what the record says decides, not how we got here. Raises LivegraftError, Busy.
-    """
-    if not staged.spans:
-        return
-    record, _ = staged.spans[-1]
-    if memory.read(record + STATE_OFFSET, 8) != state_word(State.PREPARED, FIRST_SLOT):
-        return
-    with RemoteCaller(pid, memory) as caller:
-        unmap(caller, staged.spans)
 
 
 def _is_whole(record: Record, binding: Binding, seen: Snapshot, memory: Memory) -> bool:
@@ -131,11 +113,15 @@ def _stage_again(record: Record, binding: Binding, now: Situation, memory: Memor
     memory.write(record.address + slot, data)  # not in force until its state word says so
     plan = plan_apply(record, contents, slot, now, memory.read_many, removed_ranges(binding))
     mapped = record.size + sum(item.size for item in contents.segments)
-    return Staged(contents, plan, (), mapped)
+    return Staged(contents, plan, mapped)
 
 
-def _sweep(seen: Snapshot, memory: Memory) -> None:
-    """Take away what patchers that were killed have left: mappings never in force, open memory files."""
+def sweep(seen: Snapshot, memory: Memory) -> None:
+    """Take away what patchers that did not come to an end have left: mappings never in force, open memory
+    files.
+
+    Raises LivegraftError, Busy.
+    """
     spans = _garbage(seen, memory)
     descriptors = leaked_descriptors(seen.pid)
     if spans or descriptors:
@@ -164,7 +150,7 @@ def bases(binding: Binding, seen: Snapshot, size: int) -> tuple[int, ...]:
 def _stage_anew(
     binding: Binding, now: Situation, seen: Snapshot, memory: Memory, tool_version: str, on_step: OnStep
 ) -> Staged:
-    _sweep(seen, memory)
+    sweep(seen, memory)
     # The size of a record depends on where the patch is, by the digits of its addresses.
     room = 2 * record_size(make_draft(binding, binding.module.low, now, memory, tool_version).contents)
     span = binding.patch.high - binding.patch.low
@@ -195,7 +181,7 @@ def _map_at(binding: Binding, draft: Draft, record_at: int, now: Situation, memo
         with RemoteCaller(memory.pid, memory) as caller:
             map_image(caller, memory, image, None)
     on_step("mapped")
-    return Staged(contents, plan, image.spans, sum(size for _, size in image.spans))
+    return Staged(contents, plan, sum(len(part.data) for part in image.parts))
 
 
 def _map_sealed(image: Image, memory: Memory, on_step: OnStep) -> bool:

@@ -20,8 +20,9 @@ from .pause import Pause, carry_out
 from .placement import MARGIN
 from .plan import Plan, Situation, plan_apply, plan_revert, removed_ranges, situation
 from .record import FIRST_SLOT, INTERRUPTED, Contents, Record, State, record_size
-from .staging import Staged, bases, make_draft, stage, unstage
+from .staging import Staged, bases, make_draft, stage, sweep
 from .target import Snapshot, open_target, require_intact, take_snapshot
+from .vetting import module_of_record, require_believable
 
 DEFAULT_TIMEOUT = 10.0
 """Seconds to wait for patched functions to be idle."""
@@ -69,8 +70,7 @@ def apply(
         if _in_force(now, patch, memory):
             assert now.applied is not None
             return _already(seen, now.applied)
-        staged = stage(binding, now, seen, memory, version("livegraft"), on_step)
-        pause = _commit(staged, seen, memory, timeout, on_step)
+        staged, pause = _stage_and_commit(binding, now, seen, memory, timeout, on_step)
         others = tuple(record for record in now.active if record.contents.patch != patch.id)
         return Outcome(pid, seen.name, staged.contents, State.APPLIED, False, pause, staged.mapped_bytes, others)
 
@@ -94,10 +94,17 @@ def check(pid: int, patch: PatchObject, *, timeout: float = DEFAULT_TIMEOUT) -> 
 
 
 def _bind(pid: int, patch: PatchObject, memory: Memory) -> tuple[Snapshot, Binding, Situation]:
-    seen = take_snapshot(pid, memory)
-    require_intact(seen)
+    seen = _look(pid, memory)
     binding = bind(patch, seen.modules, memory, seen.records)
     return seen, binding, situation(seen.records, binding.module)
+
+
+def _look(pid: int, memory: Memory) -> Snapshot:
+    """Look at the process; refuse to go on where its records are damaged or say what cannot be."""
+    seen = take_snapshot(pid, memory)
+    require_intact(seen)
+    require_believable(seen.records, seen.modules, pid)
+    return seen
 
 
 def _in_force(now: Situation, patch: PatchObject, memory: Memory) -> bool:
@@ -118,15 +125,24 @@ def mapped_bytes(record: Record) -> int:
     return record.size + sum(segment.size for segment in record.contents.segments)
 
 
-def _commit(staged: Staged, seen: Snapshot, memory: Memory, timeout: float, on_step: Callable[[str], None]) -> Pause:
+def _stage_and_commit(
+    binding: Binding,
+    now: Situation,
+    seen: Snapshot,
+    memory: Memory,
+    timeout: float,
+    on_step: Callable[[str], None],
+) -> tuple[Staged, Pause]:
     try:
-        return carry_out(staged.plan, seen, memory, timeout, on_step)
+        staged = stage(binding, now, seen, memory, version("livegraft"), on_step)
+        return staged, carry_out(staged.plan, seen, memory, timeout, on_step)
     except BaseException as error:
+        # Whatever has come in between, an interrupt too: what is mapped and not in force goes. An interrupt that was
+        # held back during the pause finds the patch in force, and then there is nothing to sweep.
         try:
-            unstage(staged, seen.pid, memory)
+            sweep(take_snapshot(seen.pid, memory), memory)
         except LivegraftError as failure:
-            # The first error is what the user must know; what is left in the target is harmless and is
-            # removed by the next apply.
+            # The first error is what the user must know; what is left is harmless, and the next apply sweeps.
             error.add_note(f"the unused mappings could not be removed: {failure.what}: {failure.why}")
         raise
 
@@ -158,8 +174,7 @@ def revert(
     Raises BadInput where no patch or more than one is meant; otherwise as ``apply``.
     """
     with open_target(pid) as memory:
-        seen = take_snapshot(pid, memory)
-        require_intact(seen)
+        seen = _look(pid, memory)
         record = _choose(seen, patch_id)
         if record.state is State.REVERTED:
             return _already(seen, record)
@@ -172,15 +187,14 @@ def revert(
 
 
 def _module_of(record: Record, seen: Snapshot) -> Module:
-    contents = record.contents
-    for module in seen.modules:
-        if (module.build_id, module.bias) == (contents.old.build_id, contents.old_bias):
-            return module
-    raise Refused(
-        f"{contents.old.name} is no longer mapped where patch {record.short_id} found it",
-        why="the program has unloaded the image; its functions and the entry jumps in them are gone",
-        next_step="nothing is to be reverted",
-    )
+    module = module_of_record(record, seen.modules)
+    if module is None:
+        raise Refused(
+            f"{record.contents.old.name} is no longer mapped where patch {record.short_id} found it",
+            why="the program has unloaded the image; its functions and the entry jumps in them are gone",
+            next_step="nothing is to be reverted",
+        )
+    return module
 
 
 def _choose(seen: Snapshot, patch_id: str) -> Record:

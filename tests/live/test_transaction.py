@@ -20,7 +20,7 @@ from patcher.exclusive import exclusive
 from patcher.inspection import inspect_process
 from patcher.memory import Memory
 from patcher.proc import mappings
-from patcher.record import State
+from patcher.record import State, encode_slot
 from patcher.stopping import seize
 from patcher.transaction import apply, check, revert
 from tests.live.answering import CHANGED, SPREAD, Answering, Versions, versions
@@ -294,6 +294,37 @@ def test_a_record_that_was_tampered_with_stops_everything(running: Answering, bu
     for act in (lambda: revert(running.pid), lambda: apply(running.pid, built.to[3])):
         with pytest.raises(TargetDamaged, match="record"):
             act()
+    running.answers(2)
+
+
+def forge(pid: int, **changes: object) -> None:
+    """Let the program write its own record: well-formed, and false."""
+    record = inspect_process(pid).patches[0].record
+    entry = replace(record.contents.journal[0], **changes)  # type: ignore[arg-type]
+    contents = replace(record.contents, journal=(entry, *record.contents.journal[1:]))
+    with Memory(pid) as memory:
+        memory.write(record.address + record.slot, encode_slot(contents))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pristine": b"\xcc" * 5},
+        {"after": b"\xe9\0\0\0\0"},
+        {"after": b"\xcc" * 5},
+        {"address": 0x1000},
+        {"pristine": b"\xcc" * 4, "before": b"\xcc" * 4, "after": b"\xcc" * 4},
+    ],
+)
+def test_a_forged_record_gets_nothing_written(running: Answering, built: Versions, changes: dict[str, object]) -> None:
+    apply(running.pid, built.to[2])
+    forge(running.pid, **changes)
+    assert states(running.pid) == [State.APPLIED]
+    before = running.code()
+    for act in (lambda: revert(running.pid), lambda: apply(running.pid, built.to[3])):
+        with pytest.raises(TargetDamaged, match="cannot be believed"):
+            act()
+    assert running.code() == before
     running.answers(2)
 
 

@@ -1,0 +1,108 @@
+"""Whether a record can be believed: what it says is compared with what the target cannot forge.
+
+A process can write its own records. One that may not write its own code (MemoryDenyWriteExecute, seccomp)
+must not get that done by a forged record and an operator's revert. So a journal may only speak of function
+entries in the text of its image, may only put back the bytes of the file, and may only jump into its own
+patch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from elfdiff.errors import LivegraftError, TargetDamaged
+from trampolines.entry_x86_64 import ENTRY_JUMP_SIZE, entry_jump_target
+
+from .binding import PF_X
+from .modules import Module
+from .proc import Mapping, mapping_over
+from .record import JournalEntry, Record, State
+
+
+def require_believable(records: Iterable[Record], loaded: Sequence[Module], pid: int) -> None:
+    """Raise TargetDamaged where a record says what cannot be so.
+
+    Only those that were ever begun matter, and only where their image is still loaded: nothing is done by the
+    others.
+    """
+    for record in records:
+        module = module_of_record(record, loaded)
+        if module is None or record.state is State.PREPARED:
+            continue
+        for mapping, entries in _by_mapping(record, module):
+            with _mapped_file(pid, mapping) as descriptor:
+                for entry in entries:
+                    _require_plain(record, entry)
+                    _require_pristine(record, entry, mapping, descriptor)
+
+
+def module_of_record(record: Record, loaded: Iterable[Module]) -> Module | None:
+    """Return the image that a record's patch is for, or None where it is not loaded (any more)."""
+    wanted = (record.contents.old.build_id, record.contents.old_bias)
+    return next((module for module in loaded if (module.build_id, module.bias) == wanted), None)
+
+
+def _by_mapping(record: Record, module: Module) -> Iterator[tuple[Mapping, Sequence[JournalEntry]]]:
+    groups: dict[Mapping, list[JournalEntry]] = {}
+    for entry in record.contents.journal:
+        mapping = mapping_over(module.mappings, entry.address, ENTRY_JUMP_SIZE)
+        if mapping is None or not mapping.executable:
+            raise _unbelievable(record, entry, "there is no code of the image")
+        groups.setdefault(mapping, []).append(entry)
+    yield from groups.items()
+
+
+def _require_plain(record: Record, entry: JournalEntry) -> None:
+    if len(entry.after) != ENTRY_JUMP_SIZE:
+        raise _unbelievable(record, entry, f"{len(entry.after)} bytes are no entry jump")
+    if entry.after == entry.pristine:
+        return
+    target = entry_jump_target(entry.address, entry.after)
+    if target is None or not _in_own_code(record, target):
+        raise _unbelievable(record, entry, f"{entry.after.hex(' ')} does not lead into the patch")
+
+
+def _in_own_code(record: Record, address: int) -> bool:
+    return any(
+        item.flags & PF_X and item.start <= address < item.start + item.size for item in record.contents.segments
+    )
+
+
+def _require_pristine(record: Record, entry: JournalEntry, mapping: Mapping, descriptor: int | None) -> None:
+    if descriptor is None:
+        return
+    offset = mapping.offset + entry.address - mapping.start
+    if os.pread(descriptor, len(entry.pristine), offset) != entry.pristine:
+        raise _unbelievable(record, entry, f"the file has other bytes than {entry.pristine.hex(' ')}")
+
+
+@contextmanager
+def _mapped_file(pid: int, mapping: Mapping) -> Iterator[int | None]:
+    """Open the very file that is mapped, deleted or not; None for users who may not (proc(5), map_files).
+
+    The kernel wants CAP_CHECKPOINT_RESTORE (kernel commit 12886f8ab10c, v5.9) or CAP_SYS_ADMIN. Whoever has
+    neither has no more rights than the target, and a forged record gains it nothing.
+    """
+    try:
+        descriptor = os.open(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}", os.O_RDONLY | os.O_CLOEXEC)
+    except PermissionError:
+        yield None
+        return
+    except OSError as error:
+        raise LivegraftError(
+            f"the file that is mapped at {mapping.start:#x} could not be opened", why=str(error)
+        ) from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _unbelievable(record: Record, entry: JournalEntry, why: str) -> TargetDamaged:
+    return TargetDamaged(
+        f"the record at {record.address:#x} cannot be believed",
+        why=f"of the entry at {entry.address:#x} it says what cannot be: {why}",
+        next_step="restart the program; something in it has written over the record",
+    )
