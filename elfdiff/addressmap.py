@@ -1,13 +1,15 @@
 """Which old address names the same thing as a new one, learned from code that did not change (D3).
 
 Every reference of a function whose masked bytes are equal in both builds *pins* an old address to a new one.
-Pins are votes: where they agree they are evidence, where they disagree the minority is a finding. Weaker
-evidence, used only where there is no pin: the same pointer slot of paired tables, and references of surviving
-instructions in functions that changed.
+Pins are votes. Writable data is mapped one to one, by strict majority on both sides: a function whose reference
+is outvoted, or that would move a variable out of the row in which its neighbours stayed, names something else than
+it did, and has changed though its bytes have not. Weaker evidence, used only where there is no pin: surviving
+instructions of functions that changed.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections import Counter
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -16,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elfdiff.code import Code
-from elfdiff.image import Addresses, Kind
+from elfdiff.image import Addresses, Image, Kind
 from elfdiff.matching import Matching
 from elfdiff.pairing import aligned, paired
 
@@ -27,10 +29,12 @@ WRITABLE = (Kind.DATA, Kind.BSS)
 class Evidence(IntEnum):
     """What a mapped address rests on, strongest first."""
 
+    NAME = 0  # both builds export it under the same name
     PIN = 1  # an unchanged function names both
     SURVIVOR = 2  # a surviving instruction of a changed function names both
-    SLOT = 3  # the same slot of paired tables points to both
-    INTERVAL = 4  # both neighbours moved alike, and the old build names the predicted address
+
+
+CERTAIN = (Evidence.NAME, Evidence.PIN)
 
 
 @dataclass(frozen=True)
@@ -44,46 +48,120 @@ class Pins:
 
 
 @dataclass(frozen=True)
-class Contradiction:
-    """Pins that disagree: a new address of writable data with more than one old one, or the reverse."""
-
-    address: int  # in the new build where ``new`` is true, else in the old one
-    new: bool
-    votes: tuple[tuple[int, int], ...]  # (address in the other build, number of pins), most first
-
-
-@dataclass(frozen=True)
 class AddressMap:
-    """``old_of[new address] = (old address, Evidence)``, for data of every kind."""
+    """``old_of[new address] = (old address, Evidence)``, for data of every kind.
+
+    Of writable data only what is one to one is mapped; the rest is ``disputed`` (new addresses).
+    """
 
     pins: Pins = field(repr=False)
     old_of: dict[int, tuple[int, Evidence]] = field(repr=False)
-    new_of: dict[int, int] = field(repr=False)  # reverse of what rests on pins
-    contradictions: tuple[Contradiction, ...]
+    disputed: frozenset[int]
+    order: Order = field(repr=False)
 
-    def old(self, address: int) -> int | None:
-        """The old address that names the same thing, or None where nothing is known."""
+    def certain(self, address: int) -> int | None:
+        """The old address that names the same thing, on evidence that needs no other."""
         found = self.old_of.get(address)
-        return found[0] if found else None
+        return found[0] if found and found[1] in CERTAIN else None
+
+
+class Order:
+    """Mapped variables side by side: what lies between two that moved alike moved alike."""
+
+    def __init__(self, old: Image, new: Image, mapped: dict[int, int]) -> None:
+        """``mapped``: new address -> old address, of writable data."""
+        self.old, self.new = old, new
+        self.addresses = sorted(mapped)
+        self.mapped = mapped
+
+    def around(self, address: int) -> tuple[int | None, int | None]:
+        """The mapped new addresses next to a new address, in its section; not the address itself."""
+        section = self.new.section_at(address)
+        if section is None:
+            return None, None
+        below = bisect.bisect_left(self.addresses, address) - 1
+        above = bisect.bisect_right(self.addresses, address)
+        left = self.addresses[below] if below >= 0 and self.addresses[below] >= section.start else None
+        right = self.addresses[above] if above < len(self.addresses) and self.addresses[above] < section.end else None
+        return left, right
+
+    def fits(self, old: int, new: int) -> bool:
+        """False when the variables on both sides moved alike and this one would not have."""
+        left, right = self.around(new)
+        if left is None or right is None:
+            return True
+        shift = self.mapped[left] - left
+        return self.mapped[right] - right != shift or old - new == shift
 
 
 def learn(old: Code, new: Code, matching: Matching, alike: NDArray[np.int64]) -> AddressMap:
     """Learn the map from the references of matched functions.
 
     ``alike`` are function pairs (n, 2) whose instructions make the same references though their bytes differ (line
-    numbers); they pin like equal ones.
+    numbers); they pin like equal ones. Start-up code without unwind information pins nothing: it names the ends of
+    sections, where variables begin that it does not mean.
     """
     pins = _pins(old, new, np.concatenate([matching.pairs(same=True), alike]))
     data = np.isin(new.image.kinds(pins.new), DATA_KINDS) & np.isin(old.image.kinds(pins.old), DATA_KINDS)
+    data &= old.has_unwind[old.references.function[pins.left]]
     forward, backward = _tally(pins.old[data], pins.new[data])
-    old_of = {n: (votes.most_common(1)[0][0], Evidence.PIN) for n, votes in forward.items()}
-    new_of = {o: votes.most_common(1)[0][0] for o, votes in backward.items()}
-    contradictions = (
-        *_contradictions(forward, new, is_new=True),
-        *_contradictions(backward, old, is_new=False),
-    )
-    _add_survivors(old, new, matching, old_of)
-    return AddressMap(pins, old_of, new_of, contradictions)
+    voters = _voters(new, pins, data)
+    old_of: dict[int, tuple[int, Evidence]] = {}
+    for n, votes in forward.items():
+        o = _winner(votes)
+        if n in voters.constant:
+            old_of[n] = votes.most_common(1)[0][0], Evidence.PIN
+        elif o is not None and _winner(backward[o]) == n and not _other_name(old.image, new.image, o, n):
+            old_of[n] = o, Evidence.PIN
+    old_of.update(_by_name(old.image, new.image))
+    order = _order(old, new, old_of)
+    for n in [n for n, (o, e) in old_of.items() if e is Evidence.PIN and n in voters.single and not order.fits(o, n)]:
+        del old_of[n]
+    order = _order(old, new, old_of)
+    disputed = frozenset(n for n in forward if n not in old_of)
+    _add_survivors(old, new, matching, old_of, disputed, order)
+    return AddressMap(pins, old_of, disputed, order)
+
+
+def _order(old: Code, new: Code, old_of: dict[int, tuple[int, Evidence]]) -> Order:
+    kinds = new.image.kinds(np.array(list(old_of), np.int64))
+    variables = {n: o for (n, (o, _)), kind in zip(old_of.items(), kinds, strict=True) if kind in WRITABLE}
+    return Order(old.image, new.image, variables)
+
+
+@dataclass(frozen=True)
+class _Voters:
+    constant: frozenset[int]  # new addresses that are not writable: the linker may merge and split those
+    single: frozenset[int]  # new addresses that one function alone names
+
+
+def _voters(new: Code, pins: Pins, data: NDArray[np.bool_]) -> _Voters:
+    kinds = new.image.kinds(pins.new[data])
+    constant = frozenset(np.unique(pins.new[data][~np.isin(kinds, WRITABLE)]).tolist())
+    functions = new.references.function[pins.right[data]]
+    pairs = np.unique(np.stack([pins.new[data], functions], axis=1), axis=0)
+    addresses, counts = np.unique(pairs[:, 0], return_counts=True)
+    return _Voters(constant, frozenset(addresses[counts == 1].tolist()))
+
+
+def _winner(votes: Counter[int]) -> int | None:
+    """What has more votes than any other."""
+    first, *rest = votes.most_common(2)
+    return first[0] if not rest or first[1] > rest[0][1] else None
+
+
+def _other_name(old: Image, new: Image, o: int, n: int) -> bool:
+    """Both are exported, and not under a common name."""
+    first, second = old.names_at.get(o), new.names_at.get(n)
+    return first is not None and second is not None and not first & second
+
+
+def _by_name(old: Image, new: Image) -> dict[int, tuple[int, Evidence]]:
+    """Exported variables: other modules and the dynamic linker know them by name and by nothing else."""
+    common = {n: old.exports[name] for name, n in new.exports.items() if name in old.exports}
+    return {
+        n: (o, Evidence.NAME) for n, o in common.items() if new.kind_at(n) in WRITABLE and old.kind_at(o) in WRITABLE
+    }
 
 
 def _pins(old: Code, new: Code, pairs: NDArray[np.int64]) -> Pins:
@@ -102,18 +180,14 @@ def _tally(first: Addresses, second: Addresses) -> tuple[dict[int, Counter[int]]
     return forward, backward
 
 
-def _contradictions(tally: dict[int, Counter[int]], code: Code, *, is_new: bool) -> tuple[Contradiction, ...]:
-    """Disagreements about writable data; constants may be merged or split by the linker, variables may not."""
-    split = sorted(address for address, votes in tally.items() if len(votes) > 1)
-    kinds = code.image.kinds(np.array(split, np.int64))
-    return tuple(
-        Contradiction(address, is_new, tuple(tally[address].most_common()))
-        for address, kind in zip(split, kinds, strict=True)
-        if kind in WRITABLE
-    )
-
-
-def _add_survivors(old: Code, new: Code, matching: Matching, old_of: dict[int, tuple[int, Evidence]]) -> None:
+def _add_survivors(
+    old: Code,
+    new: Code,
+    matching: Matching,
+    old_of: dict[int, tuple[int, Evidence]],
+    disputed: frozenset[int],
+    order: Order,
+) -> None:
     lefts, rights = [], []
     for i, j in matching.pairs(same=False).tolist():
         left, right = aligned(old, new, i, j)
@@ -125,6 +199,10 @@ def _add_survivors(old: Code, new: Code, matching: Matching, old_of: dict[int, t
     second = new.references.target[np.concatenate(rights)]
     data = np.isin(new.image.kinds(second), DATA_KINDS) & np.isin(old.image.kinds(first), DATA_KINDS)
     forward, _ = _tally(first[data], second[data])
+    taken = set(order.mapped.values())
     for n, votes in forward.items():
-        if n not in old_of and len(votes) == 1:
-            old_of[n] = (votes.most_common(1)[0][0], Evidence.SURVIVOR)
+        o = votes.most_common(1)[0][0]
+        writable = new.image.kind_at(n) in WRITABLE
+        wrong = writable and (o in taken or not order.fits(o, n) or _other_name(old.image, new.image, o, n))
+        if n not in old_of and n not in disputed and len(votes) == 1 and not wrong:
+            old_of[n] = o, Evidence.SURVIVOR

@@ -130,6 +130,12 @@ class Code:
         )
 
     @cached_property
+    def named_by_unwound(self) -> frozenset[int]:
+        """The addresses that functions with unwind information or pointer slots name: start-up code left out."""
+        rows = ~self.references.internal & self.has_unwind[self.references.function]
+        return frozenset(self.references.target[rows].tolist()) | frozenset(self.image.relative_targets.tolist())
+
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """A name for each function: its symbol, or its address."""
         symbols = self.image.symbols

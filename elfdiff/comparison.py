@@ -22,6 +22,8 @@ from elfdiff.matching import Matching, match
 from elfdiff.patchobject import Reason
 
 DATA = (Kind.RELRO, Kind.DATA, Kind.BSS)
+NAMED_BY_STARTUP = (*DATA, Kind.NONE, Kind.OTHER)
+"""Start-up code without unwind information names where sections end; what begins there is not what it means."""
 COMPARED_BY_CONTENT = (Kind.CONSTANT, Kind.RELRO)
 
 
@@ -100,6 +102,8 @@ class _Judge:
         verdicts = [self.verdict(o, n) for o, n in pairs.tolist()]
         differs = np.array([v is not None for v in verdicts], np.bool_)[inverse.ravel()]
         found: dict[int, Reason] = {}
+        data = np.isin(self.new.image.kinds(pins.new), NAMED_BY_STARTUP)
+        differs &= ~data | self.old.has_unwind[self.old.references.function[pins.left]]
         for index in np.nonzero(differs)[0].tolist():
             reason = verdicts[int(inverse.ravel()[index])]
             assert reason is not None

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from elfdiff.addressmap import AddressMap, Evidence
+from elfdiff.addressmap import AddressMap
 from elfdiff.code import LEA, Code, FieldKind
 from elfdiff.image import Addresses, Kind
 from elfdiff.jumptables_x86_64 import JumpTable
@@ -197,9 +197,13 @@ class _Comparer:
             self.todo.append((o, n))
             self.slot_pairs.setdefault(n, o)
             return True
-        known = self.addresses.old_of.get(n)
-        if known is not None and known[1] is Evidence.PIN:
-            return known[0] == o
+        known = self.addresses.certain(n)
+        if known is not None:
+            return known == o
+        if not self.addresses.order.fits(o, n):
+            return False  # two pointers of a table that changed places
+        self.parents.setdefault((o, n), set())
+        self.todo.append((o, n))  # for its initial value
         return self.slot_pairs.setdefault(n, o) == o
 
     def _same_code(self, o: int, n: int) -> bool:

@@ -57,33 +57,6 @@ def unbound_references(draft: Draft) -> Iterator[Finding]:
         )
 
 
-def contradictory_pins(draft: Draft) -> Iterator[Finding]:
-    """Unchanged functions that disagree about which old variable a new one is."""
-    comparison = draft.comparison
-    used = {old for _, _, symbol, old in _old_references(draft) if symbol == 0}
-    places = []
-    for item in comparison.addresses.contradictions:
-        concerned = item.address if not item.new else item.votes[0][0]
-        if concerned in used:
-            image = comparison.new.image if item.new else comparison.old.image
-            votes = ", ".join(f"{address:#x} ({count})" for address, count in item.votes[:3])
-            places.append(f"{_where(image, item.address)}: {votes}")
-    if places:
-        yield Finding(
-            "contradictory-address",
-            Severity.REFUSE,
-            f"the evidence for {len(places)} variable(s) that the new code uses contradicts itself",
-            tuple(places[:MANY]),
-            "two variables of one build seem to be one variable of the other",
-            "builds with symbols (not stripped) would decide",
-        )
-
-
-def _old_references(draft: Draft) -> Iterator[tuple[int, int, int, int]]:
-    for row, place in draft.resolver.resolved.items():
-        yield row, int(draft.comparison.new.references.function[row]), place.symbol, place.address
-
-
 def guessed_addresses(draft: Draft) -> Iterator[Finding]:
     """Variables bound by their neighbours alone."""
     guessed = draft.resolver.by_interval
@@ -300,7 +273,6 @@ def _where(image: Image, address: int) -> str:
 
 RULES: tuple[Rule, ...] = (
     unbound_references,
-    contradictory_pins,
     guessed_addresses,
     struct_layout,
     label_tables,

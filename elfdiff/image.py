@@ -29,7 +29,8 @@ PAGE = 0x1000
 MAX_SPAN = 1 << 31
 """An image that spans more cannot be addressed by rel32; also bounds what a damaged header can make us allocate."""
 
-R_X86_64_64, R_X86_64_GLOB_DAT, R_X86_64_JUMP_SLOT, R_X86_64_RELATIVE, R_X86_64_IRELATIVE = 1, 6, 7, 8, 37
+R_X86_64_64, R_X86_64_COPY, R_X86_64_GLOB_DAT, R_X86_64_JUMP_SLOT = 1, 5, 6, 7
+R_X86_64_RELATIVE, R_X86_64_IRELATIVE = 8, 37
 
 RELA_DTYPE = np.dtype([("offset", "<u8"), ("info", "<u8"), ("addend", "<i8")])
 SYMBOL_DTYPE = np.dtype(
@@ -123,8 +124,18 @@ class Image:
     eh_frame_hdr: int | None
     eh_frame: tuple[int, int] | None  # start, size
     symbols: SymbolTable = field(repr=False)
+    exports: dict[str, int] = field(repr=False)  # what other modules reach by name: defined dynamic symbols
+    copies: frozenset[int]  # variables of libraries that the dynamic linker copies into the program
     entry_points: tuple[int, ...]  # e_entry, DT_INIT, DT_FINI
     needed: tuple[str, ...]
+
+    @cached_property
+    def names_at(self) -> dict[int, frozenset[str]]:
+        """The exported names of each address that has any."""
+        found: dict[int, set[str]] = {}
+        for name, address in self.exports.items():
+            found.setdefault(address, set()).add(name)
+        return {address: frozenset(names) for address, names in found.items()}
 
     @property
     def name(self) -> str:
@@ -306,6 +317,8 @@ class _Reader:
             eh_frame_hdr=header.start if header else None,
             eh_frame=(eh_frame.start, eh_frame.end - eh_frame.start),
             symbols=self._symbols(),
+            exports=self._exports(),
+            copies=frozenset(place for place, slot in slots.items() if slot.type == R_X86_64_COPY),
             entry_points=self._entry_points(),
             needed=self._needed(),
         )
@@ -417,6 +430,15 @@ class _Reader:
             names=tuple(_string(strings, int(offset)) for offset in table["name"][order]),
             complete=complete,
         )
+
+    def _exports(self) -> dict[str, int]:
+        table, strings = self._array(".dynsym", SYMBOL_DTYPE), self._bytes(".dynstr")
+        types = table["info"] & 0xF
+        defined = (table["shndx"] != 0) & (table["shndx"] < 0xFF00)
+        table = table[defined & np.isin(types, (STT_OBJECT, STT_FUNC, STT_GNU_IFUNC))]
+        return {
+            _string(strings, int(name)): int(value) for name, value in zip(table["name"], table["value"], strict=True)
+        }
 
     def _build_id(self) -> str:
         from elftools.elf.sections import NoteSection  # noqa: PLC0415

@@ -58,6 +58,7 @@ def draft(comparison: Comparison, members: NDArray[np.int64], reasons: dict[int,
     for function in members.tolist():
         _relocate_function(result, function)
     _relocate_owned(result)
+    resolver.finish()
     result.functions = _functions(comparison, members, reasons, resolver.forced_entries)
     return result
 

@@ -8,17 +8,16 @@ reported as unbound, and refused.
 
 from __future__ import annotations
 
-import bisect
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
 
-from elfdiff.addressmap import Evidence
 from elfdiff.code import LEA, FieldKind
 from elfdiff.comparison import Comparison
 from elfdiff.image import Addresses, Kind, Slot
 from elfdiff.patchobject import FIRST_IMPORT, OLD_IMAGE, PATCH_IMAGE, Import
+from elfdiff.variables import NewVariable, OldVariable, Variables
 
 MIN_ALIGNMENT = 16
 """An unknown constant named by an immediate must begin at such an address or behind a zero byte."""
@@ -67,13 +66,12 @@ class Resolver:
         self.imports: list[Import] = []
         self.forced_entries: set[int] = set()  # old entries whose address the new code takes
         self.by_interval: dict[int, int] = {}  # new variable address -> old one, by neighbours only
-        self.new_variables: set[int] = set()
+        self.new_variables: dict[int, NewVariable] = {}
         self.used_code: set[int] = set()  # old addresses of unchanged code and stubs that the patch calls
         self._known: dict[tuple[int, bool], Place | str] = {}
         self._old_stubs = self._stubs_by_name()
         self._old_slots = self._slots_by_name()
-        self._evidence = self._variable_evidence()
-        self._old_variables = {old for _, old in self._evidence}
+        self.variables = Variables(comparison)
         self._labels = self._label_slots()
 
     # -- the references of one function -------------------------------------------------------------------
@@ -119,7 +117,8 @@ class Resolver:
 
     def _reference(self, row: int) -> Place | str:
         references = self.new.references
-        found = self.address(int(references.target[row]), taken=self._takes_address(row))
+        wide = references.kind[row] == FieldKind.MEMORY and _is_vector(int(references.opcode[row]))
+        found = self.address(int(references.target[row]), taken=self._takes_address(row) or wide)
         if isinstance(found, Place) and references.kind[row] == FieldKind.SHORT and found.symbol != PATCH_IMAGE:
             return "a short branch cannot reach the old image"
         return found
@@ -195,7 +194,10 @@ class Resolver:
         self.unbound.append(Unbound(-1, target, f"the pointer at {place:#x}: {why}"))
 
     def address(self, target: int, *, taken: bool) -> Place | str:
-        """Where a new address is found; a string says why it cannot be told. ``taken``: it is used as a pointer."""
+        """Where a new address is found; a string says why it cannot be told.
+
+        ``taken``: it is used as a pointer, or more than eight bytes at it are accessed.
+        """
         key = (target, taken)
         if key not in self._known:
             self._known[key] = self._resolve(target, taken)
@@ -212,11 +214,9 @@ class Resolver:
         if kind in (Kind.CONSTANT, Kind.RELRO):
             return self._constant(target)
         if kind in (Kind.DATA, Kind.BSS):
-            return self._variable(target)
-        known = self.comparison.addresses.old_of.get(target)
-        if known is not None and known[1] is Evidence.PIN:
-            return Place(OLD_IMAGE, known[0])
-        return "no unchanged code names it"
+            return self._variable(target, taken)
+        known = self.comparison.addresses.certain(target)
+        return Place(OLD_IMAGE, known) if known is not None else "no unchanged code names it"
 
     # -- code -----------------------------------------------------------------------------------------------
 
@@ -328,10 +328,9 @@ class Resolver:
         if target in comparison.tables[1]:
             self.owned.constants[target] = comparison.tables[1][target].end
             return Place(PATCH_IMAGE, target)
-        known = comparison.addresses.old_of.get(target)
-        pinned = known is not None and known[1] is Evidence.PIN and comparison.constants.same(known[0], target)
-        if known is not None and pinned and not self._holds_labels(target):
-            return Place(OLD_IMAGE, known[0])
+        known = comparison.addresses.certain(target)
+        if known is not None and comparison.constants.same(known, target) and not self._holds_labels(target):
+            return Place(OLD_IMAGE, known)
         self.owned.constants[target] = self._constant_end(target)
         return Place(PATCH_IMAGE, target)
 
@@ -374,89 +373,53 @@ class Resolver:
 
     # -- variables ------------------------------------------------------------------------------------------
 
-    def _variable_evidence(self) -> list[tuple[int, int]]:
-        """(new, old) of all writable addresses that rest on references, sorted by new address."""
-        addresses = self.comparison.addresses
-        pairs = {n: o for n, (o, _) in addresses.old_of.items()}
-        for n, o in self.comparison.constants.slot_pairs.items():
-            pairs.setdefault(n, o)
-        items = sorted(pairs.items())
-        kinds = self.new.image.kinds(np.array([n for n, _ in items], np.int64))
-        return [item for item, kind in zip(items, kinds, strict=True) if kind in (Kind.DATA, Kind.BSS)]
+    def _variable(self, target: int, taken: bool) -> Place | str:
+        found = self.variables.find(target, whole=taken)
+        if isinstance(found, OldVariable):
+            if found.guessed:
+                self.by_interval[target] = found.address
+            return Place(OLD_IMAGE, found.address)
+        if isinstance(found, NewVariable):
+            self.owned.variables[target] = found.end
+            self.new_variables[target] = found
+            return Place(PATCH_IMAGE, target)
+        return found
 
-    def _variable(self, target: int) -> Place | str:
-        index = bisect.bisect_left(self._evidence, (target, -1))
-        if index < len(self._evidence) and self._evidence[index][0] == target:
-            return Place(OLD_IMAGE, self._evidence[index][1])
-        by_name = self._variable_by_name(target)
-        if by_name is not None:
-            return by_name
-        section = self.new.image.section_at(target)
-        assert section is not None
-        left = self._evidence[index - 1] if index and self._evidence[index - 1][0] >= section.start else None
-        right = (
-            self._evidence[index] if index < len(self._evidence) and self._evidence[index][0] < section.end else None
-        )
-        if left and right and left[1] - left[0] == right[1] - right[0]:
-            predicted = target + left[1] - left[0]
-            if self._old_names(predicted):
-                self.by_interval[target] = predicted
-                return Place(OLD_IMAGE, predicted)
-        if self._is_new(target, section.name, left, right):
-            return self._own_variable(target)
-        return "it may be a part of an existing variable or a new one"
+    def finish(self) -> None:
+        """Look at the new variables once more, when all that the patch refers to is known.
 
-    def _own_variable(self, target: int) -> Place:
-        section = self.new.image.section_at(target)
-        assert section is not None
-        index = bisect.bisect_right(self._evidence, (target, 1 << 62))
-        following = self._evidence[index][0] if index < len(self._evidence) else section.end
-        self.owned.variables[target] = min(following, section.end)
-        self.new_variables.add(target)
-        return Place(PATCH_IMAGE, target)
-
-    def _variable_by_name(self, target: int) -> Place | None:
-        """By symbol, where both builds have all of theirs."""
-        old, new = self.old.image.symbols, self.new.image.symbols
-        if not (old.complete and new.complete):
-            return None
-        index = int(np.searchsorted(new.values, target, "right")) - 1
-        while index >= 0 and new.types[index] != 1:
-            index -= 1
-        if index < 0 or not new.values[index] <= target < new.values[index] + max(1, int(new.sizes[index])):
-            return None
-        name, size = new.names[index], int(new.sizes[index])
-        same = [k for k, other in enumerate(old.names) if other == name and old.types[k] == 1]
-        if not same:
-            return self._own_variable(target)
-        if len(same) == 1 and int(old.sizes[same[0]]) == size and new.names.count(name) == 1:
-            return Place(OLD_IMAGE, int(old.values[same[0]]) + target - int(new.values[index]))
-        return None
-
-    def _old_names(self, address: int) -> bool:
-        named = self.old.referenced
-        index = int(np.searchsorted(named, address))
-        return index < len(named) and int(named[index]) == address
-
-    def _is_new(
-        self, target: int, section_name: str, left: tuple[int, int] | None, right: tuple[int, int] | None
-    ) -> bool:
-        """Proof that no old variable can be meant: none is left over, and it cannot be a field of its left neighbour.
-
-        Fields: in the old build the left neighbour reaches at most to the next named address; what lies farther
-        from it than that in the new build is no part of it.
+        Without symbols, what looks new may be the tail of its grown neighbour. Code that uses it as such takes the
+        neighbour's address, or walks over both with vector instructions.
         """
-        section = self.old.image.section(section_name)
-        if section is None:
-            return True
-        low = left[1] if left else section.start
-        high = right[1] if right and right[1] > low else section.end
-        named = self.old.referenced
-        between = named[int(np.searchsorted(named, low)) : int(np.searchsorted(named, high))].tolist()
-        if any(address not in self._old_variables for address in between if address != section.end):
-            return False
-        if left is None:
-            return low == high
-        following = int(np.searchsorted(named, left[1], "right"))
-        reach = int(named[following]) if following < len(named) else section.end
-        return target - left[0] >= min(reach, section.end) - left[1]
+        references = self.new.references
+        users: dict[int, list[int]] = {}
+        for row in self.resolved:
+            users.setdefault(int(references.target[row]), []).append(row)
+        for target, variable in self.new_variables.items():
+            if variable.neighbour is None:
+                continue
+            front = users.get(variable.neighbour, [])
+            mine = users.get(target, [])
+            together = {int(references.function[r]) for r in front} & {int(references.function[r]) for r in mine}
+            wide = any(_is_vector(int(references.opcode[row])) for row in mine)
+            if any(self._takes_address(row) for row in front) or (together and wide):
+                function = int(references.function[mine[0]]) if mine else -1
+                self.unbound.append(
+                    Unbound(function, target, f"it may be the end of the variable at {variable.neighbour:#x}, grown")
+                )
+
+
+_SCALAR_TWO_BYTE = frozenset(
+    (
+        *range(0x140, 0x150),
+        *range(0x190, 0x1A0),
+        *(0x1AF, 0x1B6, 0x1B7, 0x1BE, 0x1BF, 0x12A, 0x12C, 0x12D, 0x12E, 0x12F, 0x151, 0x158, 0x159, 0x15A, 0x15C),
+        *(0x15D, 0x15E, 0x15F, 0x16E, 0x17E, 0x1B0, 0x1B1, 0x1C0, 0x1C1),
+    )
+)
+"""cmov, imul, movzx, movsx, setcc, scalar conversions and arithmetic, movd, and the atomic ones."""
+
+
+def _is_vector(opcode: int) -> bool:
+    """Whether an instruction may access more than eight bytes; moves that exist in both widths count as wide."""
+    return opcode >= 0x100 and opcode not in _SCALAR_TWO_BYTE
