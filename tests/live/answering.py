@@ -23,13 +23,20 @@ ANSWERS = {version: str(version * 1001) for version in (1, 2, 3)}
 
 
 class Answering:
-    """The program, running; ``ask`` sends a line and returns the answer."""
+    """The program, running; ``ask`` sends a line and returns the answer.
 
-    def __init__(self, program: Path) -> None:
+    ``under`` is a command that starts the program as its only child.
+    """
+
+    def __init__(self, program: Path, under: tuple[str, ...] = ()) -> None:
         self.program = program
-        self._process = subprocess.Popen([program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        self._process = subprocess.Popen(
+            [*under, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
         self.pid = self._process.pid
         assert self._line() == "ready"
+        if under:
+            self.pid = int(Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text())
 
     def __enter__(self) -> Answering:
         return self
@@ -37,7 +44,7 @@ class Answering:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._process.kill()
+        os.kill(self.pid, signal.SIGKILL)
         self._process.communicate()
 
     def _line(self) -> str:

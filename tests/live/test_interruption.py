@@ -5,6 +5,7 @@ Every function has a page of its own here, so that a death can leave some entrie
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -173,6 +174,19 @@ def test_repeated_deaths_leave_no_mappings_behind(built: Versions) -> None:
         apply(program.pid, built.to[2])
         settled(program, 2)
         assert program.patch_mappings == 3
+
+
+def test_anonymous_mappings_of_a_dead_patcher_are_known_by_their_contents(built: Versions) -> None:
+    with Answering(built.programs[1]) as program:
+        resource.prlimit(program.pid, resource.RLIMIT_NOFILE, (program.descriptors, 4096))
+        before = mappings(program.pid)
+        assert killed_at(0, lambda on_step: apply(program.pid, built.to[2], on_step=on_step))
+        record = patches(program)[built.to[2].id].record
+        assert record.state is State.PREPARED and not record.contents.sealed
+        outcome = apply(program.pid, built.to[2])
+        settled(program, 2)
+        assert len(patches(program)) == 1
+        assert len(mappings(program.pid)) == len(before) + 1 + len(outcome.contents.segments)
 
 
 @pytest.mark.parametrize("sealed", [True, False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -282,6 +283,23 @@ def test_without_a_free_descriptor_the_patch_is_mapped_anonymously(running: Answ
     running.answers(2)
     assert len(running.maps) == maps
     assert not [line for line in running.maps if "wx" in line]
+
+
+@pytest.mark.parametrize(("level", "files"), [(1, 3), (2, 0)])
+def test_where_memory_files_are_not_executable_the_patch_is_mapped_all_the_same(
+    built: Versions, level: int, files: int
+) -> None:
+    setting = Path("/proc/sys/vm/memfd_noexec")
+    if not setting.exists() or shutil.which("unshare") is None:
+        pytest.skip("the kernel has no vm.memfd_noexec, or there is no unshare to try it in")
+    # The setting belongs to a pid namespace: 1 makes files executable on demand only, 2 never (kernel 6.3).
+    script = f'echo {level} > {setting} && exec "$0"'
+    with Answering(built.programs[1], ("unshare", "--pid", "--fork", "--mount-proc", "sh", "-c", script)) as inside:
+        apply(inside.pid, built.to[2])
+        inside.answers(2)
+        assert inside.patch_mappings == files
+        revert(inside.pid)
+        inside.answers(1)
 
 
 def test_a_record_that_was_tampered_with_stops_everything(running: Answering, built: Versions) -> None:
