@@ -10,6 +10,7 @@ is closed: a string that fills its segment, or a number that is only ever loaded
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,24 +21,44 @@ from elfdiff.image import Addresses, Kind
 from elfdiff.jumptables_x86_64 import JumpTable
 from elfdiff.matching import Matching
 
-COMPARED = (Kind.CONSTANT, Kind.RELRO, Kind.DATA)
+COMPARED = (Kind.CONSTANT, Kind.RELRO, Kind.DATA, Kind.BSS)
 MAX_LOAD = 64
 """Bytes of the widest vector load: what a number that is only loaded can be long."""
+
+MIN_OFFSETS = 8
+"""Bytes of the shortest table of offsets that is recognised."""
+MAX_ROW = 64
+ROW_SIZES = (2, 4, 8, 16, 32, 64)
+"""Strings that fill neighbouring pieces of such a size exactly may be rows of an array."""
 
 Pair = tuple[int, int]
 """(old address, new address)."""
 
 
+class Barrier(IntEnum):
+    """Whether a reader of a segment may read on into the next one."""
+
+    OPEN = 0  # a table, for all we know
+    LOADED = 1  # only ever loaded by itself: its own readers do not read on, but it may be an element of a table
+    TEXT = 2  # a string with its NUL
+    TABLE = 3  # a switch table
+
+
 @dataclass(frozen=True)
 class Segment:
-    """``size`` bytes at ``old`` and ``new`` that were compared; ``whole``: it ends at the same place in both."""
+    """``size`` bytes at ``old`` and ``new`` that were compared.
+
+    ``reach``: where the next segment begins, 0 where it lies elsewhere in the two builds. ``whole``: the object ends
+    at the same place in both.
+    """
 
     old: int
     new: int
     size: int
+    reach: int
     equal: bool
     whole: bool
-    closed: bool
+    barrier: Barrier
 
 
 @dataclass(frozen=True)
@@ -53,7 +74,7 @@ class ConstantVerdicts:
         segment = self.segments.get((old, new))
         if segment is None or (old, new) in self.differing:
             return False
-        return segment.whole or segment.closed
+        return segment.whole or segment.barrier is not Barrier.OPEN
 
 
 def compare_constants(
@@ -90,6 +111,14 @@ class _Side:
         index = int(np.searchsorted(self.pinned, address, "right"))
         return min(end, int(self.pinned[index])) if index < len(self.pinned) else end
 
+    def next_named(self, address: int) -> int:
+        """The next address that anything names, at most the section's end."""
+        named = self.code.referenced
+        section = self.image.section_at(address)
+        end = section.end if section else address
+        index = int(np.searchsorted(named, address, "right"))
+        return min(end, int(named[index])) if index < len(named) else end
+
     def named_offsets(self, address: int, size: int) -> Addresses:
         """Offsets in (0, size) at which something is named."""
         named = self.code.referenced
@@ -99,13 +128,9 @@ class _Side:
 
     def string_alone(self, address: int) -> bytes | None:
         """The string at an address when nothing but zeros follows it up to the next named address."""
-        named = self.code.referenced
-        following = int(np.searchsorted(named, address, "right"))
-        section = self.image.section_at(address)
-        if section is None or section.kind is not Kind.CONSTANT:
+        if self.image.kind_at(address) is not Kind.CONSTANT:
             return None
-        end = min(int(named[following]), section.end) if following < len(named) else section.end
-        raw = bytes(self.content(address, end - address))
+        raw = bytes(self.content(address, self.next_named(address) - address))
         return raw.rstrip(b"\0") if _fills(raw) else None
 
     def content(self, address: int, size: int) -> memoryview:
@@ -136,6 +161,8 @@ class _Comparer:
         pairs = np.unique(np.stack([addresses.pins.old, addresses.pins.new], axis=1), axis=0)
         wanted = np.isin(old.image.kinds(pairs[:, 0]), COMPARED)
         wanted &= np.isin(new.image.kinds(pairs[:, 1]), COMPARED)
+        zeros = (old.image.kinds(pairs[:, 0]) == Kind.BSS) & (new.image.kinds(pairs[:, 1]) == Kind.BSS)
+        wanted &= ~zeros
         self.pairs = pairs[wanted]
         self.old = _Side(old, self.pairs[:, 0], tables[0])
         self.new = _Side(new, self.pairs[:, 1], tables[1])
@@ -156,28 +183,48 @@ class _Comparer:
         first, second = self.old.tables.get(o), self.new.tables.get(n)
         if first is not None and second is not None:
             equal = self._same_targets(first, second)
-            return Segment(o, n, first.end - o, equal, whole=True, closed=True)
+            return Segment(o, n, first.end - o, first.end - o, equal, whole=True, barrier=Barrier.TABLE)
         text = self.old.string_alone(o)
         if text is not None and text == self.new.string_alone(n):
-            return Segment(o, n, len(text) + 1, equal=True, whole=True, closed=True)
+            ends = self.old.next_named(o) - o, self.new.next_named(n) - n
+            reach = ends[0] if ends[0] == ends[1] else 0
+            if reach:
+                self.todo.append((o + reach, n + reach))
+            return Segment(o, n, len(text) + 1, reach, equal=True, whole=True, barrier=Barrier.TEXT)
+        return self._stretch(o, n)
+
+    def _stretch(self, o: int, n: int) -> Segment:
+        """Compare up to where both builds name something, or one of them something that is pinned elsewhere."""
         left, right = self.old.next_pinned(o) - o, self.new.next_pinned(n) - n
-        size = min(left, right)
+        size, whole = min(left, right), left == right
         common = np.intersect1d(self.old.named_offsets(o, size), self.new.named_offsets(n, size))
-        whole = left == right
+        loaded = o not in self.old.address_taken and n not in self.new.address_taken
         if len(common):
             size, whole = int(common[0]), True
-            self.todo.append((o + size, n + size))
-        loaded = o not in self.old.address_taken and n not in self.new.address_taken
         if loaded and size > MAX_LOAD:
             size, whole = MAX_LOAD, True
+        reach = size if whole and (len(common) or size < min(left, right)) else 0
+        if reach:
+            self.todo.append((o + size, n + size))
         equal = size > 0 and self._same(o, n, size)
-        closed = loaded or _fills(bytes(self.old.content(o, size))) or _fills(bytes(self.new.content(n, size)))
-        return Segment(o, n, size, equal, whole, closed)
+        if not whole:
+            equal = equal and not self._goes_on(o, n, left, right)
+        barrier = Barrier.LOADED if loaded else Barrier.OPEN
+        if _fills(bytes(self.old.content(o, size))) or _fills(bytes(self.new.content(n, size))):
+            barrier = Barrier.TEXT
+        return Segment(o, n, size, reach or (size if whole else 0), equal, whole, barrier)
+
+    def _goes_on(self, o: int, n: int, left: int, right: int) -> bool:
+        """The longer of two stretches holds more than padding behind the end of the shorter one: a table grew."""
+        side, start, end = (self.old, o + right, o + left) if left > right else (self.new, n + left, n + right)
+        end = min(end, side.next_named(start - 1))
+        return any(side.content(start, end - start)) or len(side.slot_offsets(start, end - start)) > 0
 
     def _same(self, o: int, n: int, size: int) -> bool:
         slots_old, slots_new = self.old.slot_offsets(o, size), self.new.slot_offsets(n, size)
         if not len(slots_old) and not len(slots_new):
-            return self.old.content(o, size) == self.new.content(n, size) or self._same_offsets(o, n, size)
+            equal = self.old.content(o, size) == self.new.content(n, size)
+            return self._same_offsets(o, n, size) or equal
         if len(slots_old) != len(slots_new) or (slots_old != slots_new).any():
             return False
         equal = _without(self.old.content(o, size), slots_old) == _without(self.new.content(n, size), slots_new)
@@ -219,45 +266,64 @@ class _Comparer:
         return all(self._same_code(o, n) for o, n in zip(first.targets.tolist(), second.targets.tolist(), strict=True))
 
     def _same_offsets(self, o: int, n: int, size: int) -> bool:
-        """A table of 32-bit offsets from itself to other constants (clang's relative lookup tables)."""
-        if size < 8 or o % 4 or n % 4 or not (self._reads_as_offsets(o, size)):
+        """A table of 32-bit offsets from itself to strings (clang's relative lookup tables), led to the same ones."""
+        first, second = self._offset_targets(self.old, o, size), self._offset_targets(self.new, n, size)
+        if not len(first) or len(first) != len(second):
             return False
-        places = 4 * np.arange(size // 4, dtype=np.int64)
-        first = self.old.image.int32_at(o + places)
-        second = self.new.image.int32_at(n + places)
-        for a, b in zip((first + o).tolist(), (second + n).tolist(), strict=True):
-            if a - o == b - n:
-                continue
-            x, y = self.old.image.string_at(a), self.new.image.string_at(b)
-            if x is None or x != y:
-                return False
+        for a, b in zip(first.tolist(), second.tolist(), strict=True):
+            self._same_target((o, n), a, b)
         return True
 
-    def _reads_as_offsets(self, o: int, size: int) -> bool:
-        targets = self.old.image.int32_at(o + 4 * np.arange(min(2, size // 4), dtype=np.int64)) + o
-        return bool((self.old.image.kinds(targets) == Kind.CONSTANT).all())
+    def _offset_targets(self, side: _Side, address: int, size: int) -> Addresses:
+        """What the words of a constant lead to when all of them are offsets to the beginnings of strings, else none."""
+        none = np.zeros(0, np.int64)
+        if size < MIN_OFFSETS or size % 4 or address % 4:
+            return none
+        targets = side.image.int32_at(address + 4 * np.arange(size // 4, dtype=np.int64)) + address
+        outside = (targets < address) | (targets >= address + size)
+        if not outside.all() or not (side.image.kinds(targets) == Kind.CONSTANT).all():
+            return none
+        strings = [side.image.read(int(t) - 1, 2) for t in targets]
+        begins = sum(pair[0] == 0 for pair in strings)  # others are tails of longer strings, merged by the linker
+        return targets if all(pair[1] for pair in strings) and 2 * begins >= len(strings) else none
 
     def _blame(self) -> set[Pair]:
-        """Differing segments, and whoever may read into them."""
-        before = {(s.old + s.size, s.new + s.size): p for p, s in self.segments.items() if s.size}
+        """Differing segments, and what readers may reach them from."""
+        before = {(s.old + s.reach, s.new + s.reach): p for p, s in self.segments.items() if s.reach}
         blamed: set[Pair] = set()
+        seen: set[Pair] = set()
         todo = [pair for pair, segment in self.segments.items() if not segment.equal]
+        blamed.update(todo)
         while todo:
             pair = todo.pop()
-            if pair in blamed:
+            if pair in seen:
                 continue
-            blamed.add(pair)
-            todo.extend(self.parents.get(pair, ()))
+            seen.add(pair)
+            if pair in blamed:
+                parents = self.parents.get(pair, set())
+                blamed |= parents
+                todo.extend(parents)
             previous = before.get(pair)
-            if previous is not None and not self.segments[previous].closed:
+            if previous is not None and self._reads_on(self.segments[previous], self.segments[pair]):
+                if self.segments[previous].barrier is not Barrier.LOADED:
+                    blamed.add(previous)
                 todo.append(previous)
         return blamed
 
+    def _reads_on(self, first: Segment, second: Segment) -> bool:
+        """Whether ``second`` may belong to an object that begins at ``first`` or before it."""
+        if first.barrier is not Barrier.TEXT:
+            return first.barrier is not Barrier.TABLE
+        # Rows of a two-dimensional array of characters: equally long, and not packed like string literals are.
+        packed = first.size == first.reach and first.reach not in ROW_SIZES
+        rows = second.barrier is Barrier.OPEN and second.size % first.reach == 0
+        return (rows or first.reach == second.reach) and first.reach <= MAX_ROW and not packed
+
 
 def _fills(raw: bytes) -> bool:
-    """Text, its NUL, and nothing but zero padding behind it."""
+    """Text, its NUL, and nothing but zero padding behind it; zeros alone are no text."""
     text = raw.rstrip(b"\0")
-    return len(text) < len(raw) and not text.translate(None, _TEXT)
+    return 0 < len(text) < len(raw) and not text.translate(None, _TEXT)
 
 
 def _without(view: memoryview, slots: NDArray[np.int64]) -> bytes:

@@ -5,7 +5,7 @@ register in the same stretch between calls as the load of a string that names a 
 all of them. A function counts as line-only when its instructions are the same but for such immediates.
 
 Even beside a file name another argument may have changed (a log level), so the shift must fit: the next line of the
-same file, above or below, must have moved alike, or nothing above may have stayed where it was.
+same file, above or below, must have moved alike.
 
 An immediate without a file name beside it (a macro that passes ``__LINE__`` alone) is believed only on more
 evidence, since a changed enumeration shifts arguments as well: it must be large, it must have moved exactly as the
@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from elfdiff.code import LEA, Code, FieldKind
 from elfdiff.decode_x86_64 import RefKind
 from elfdiff.image import Kind
+from elfdiff.pairing import surviving_instructions
 
 MAX_LINE = 200_000
 """No source file of the programs at hand is longer; generated ones reach 150,000."""
@@ -63,6 +64,9 @@ def line_only(old: Code, new: Code, changed: NDArray[np.int64], same: NDArray[np
     found = {pair: lines for pair, lines in candidates.items() if lines}
     shifts = _Shifts(found)
     shifts.add_unmoved(old, same[:, 0])
+    for pair, lines in candidates.items():
+        if not lines:
+            shifts.add_surviving(old, new, *pair)
     return [pair for pair, lines in found.items() if all(shifts.believed(pair[0], line) for line in lines)]
 
 
@@ -100,13 +104,28 @@ class _Shifts:
                     value = _immediate(code, int(at[k]))
                     bisect.insort(self.by_file[names[int(references.target[row])]], (value, 0))
 
+    def add_surviving(self, old: Code, new: Code, i: int, j: int) -> None:
+        """Lines of functions that changed otherwise, too: their surviving instructions tell how the file moved."""
+        files_old, files_new = _file_loads(old, i), _file_loads(new, j)
+        if not files_old or not files_new:
+            return
+        at_old, at_new = old.instructions(i), new.instructions(j)
+        for a, b in surviving_instructions(old, new, i, j):
+            register = _argument(old, a, np.zeros(0, np.int64))
+            if register is None or old.decoded.opcode[a] != new.decoded.opcode[b]:
+                continue
+            file = _near_file(old, at_old, int(np.searchsorted(at_old, a)), files_old)
+            if file is not None and file == _near_file(new, at_new, int(np.searchsorted(at_new, b)), files_new):
+                line = _immediate(old, a)
+                bisect.insort(self.by_file.setdefault(file, []), (line, _immediate(new, b) - line))
+
     def believed(self, function: int, line: _Line) -> bool:
         if line.file is not None:
             moved = self.by_file[line.file]
             below = bisect.bisect_left(moved, (line.old, -MAX_LINE))
             above = bisect.bisect_right(moved, (line.old, MAX_LINE))
             around = {moved[k][1] for k in (below - 1, above) if 0 <= k < len(moved)}
-            return line.shift in around or all(shift for _, shift in moved[above:])
+            return line.shift in around
         several = line.callee >= 0 and len(self.parameter[line.callee, line.register]) >= 2
         return several and line.old >= MIN_BARE_LINE and self._moved_alike(function, line)
 

@@ -7,7 +7,8 @@ From sure to less sure, each step seeing only what is left:
 3. equal ones in link order between two matched neighbours;
 4. in a gap between matched neighbours, the pairing of highest similarity (order kept).
 
-What references say outvotes what order says. Symbols are never used: they serve the tests as the truth.
+What references say outvotes what order says. Symbols are not used, they serve the tests as the truth; only exported
+functions keep their names, since other modules know them by nothing else.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ MIN_STRING = 2
 class How(IntEnum):
     """What a match rests on; a lower number is stronger."""
 
+    NAME = 5  # set apart: both builds export it under the same name
     UNIQUE = 1
     REFERENCE = 2
     ORDER = 3
@@ -89,6 +91,7 @@ class _Matcher:
         self._similar()
         self._follow()
         self._correct()
+        self._keep_exports()
         same = np.zeros(len(self.old), np.bool_)
         for i in np.nonzero(self.new_of >= 0)[0].tolist():
             same[i] = self.plain_old[i] == self.plain_new[int(self.new_of[i])]
@@ -191,6 +194,27 @@ class _Matcher:
                 self._link(i, j, How.REFERENCE)
         self._in_order(self.strict_old, self.strict_new)
         self._in_order(self.plain_old, self.plain_new)
+
+    def _keep_exports(self) -> None:
+        """Exported functions are reached by name from other modules: there the name is the function."""
+        old, new = self.old.image.exports, self.new.image.exports
+        for name in old.keys() & new.keys():
+            i, j = self.old.function_of(old[name]), self.new.function_of(new[name])
+            if min(i, j) < 0 or self.old.starts[i] != old[name] or self.new.starts[j] != new[name]:
+                continue
+            if self.new_of[i] != j and not self._share_name(i, int(self.new_of[i])):
+                rival = int(self.old_of[j])
+                if rival >= 0:
+                    self._unlink(rival)
+                self._unlink(i)
+                self._link(i, j, How.NAME)
+
+    def _share_name(self, i: int, j: int) -> bool:
+        """Two functions are exported under a common name (one of several)."""
+        if j < 0:
+            return False
+        mine = self.old.image.names_at.get(int(self.old.starts[i]), frozenset())
+        return bool(mine & self.new.image.names_at.get(int(self.new.starts[j]), frozenset()))
 
     def _similar(self) -> None:
         for mine, theirs in list(self._gaps()):
