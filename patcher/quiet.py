@@ -10,7 +10,13 @@ from __future__ import annotations
 import gc
 import os
 import signal
-from types import TracebackType
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType, TracebackType
+from typing import Any
 
 _PRIORITY = 10
 
@@ -34,14 +40,16 @@ class Undisturbed:
     ``realtime`` says whether the kernel granted SCHED_FIFO (it needs CAP_SYS_NICE or RLIMIT_RTPRIO);
     without it everything works, only the pause may be longer. Signals that arrive meanwhile act on leaving.
     The tracer must be the only thread of its process that takes signals: others would still answer them.
+    SIGALRM belongs to ``ticking`` meanwhile, and a timer that somebody has set is put back. Not to be nested.
     """
 
     def __init__(self) -> None:
         """Change nothing yet."""
         self.realtime = False
         self._scheduling: tuple[int, os.sched_param] | None = None
-        self._mask: set[signal.Signals] | set[int] | None = None
+        self._mask: set[signal.Signals] | set[int] = set()
         self._collected = False
+        self._alarm: _Alarm | None = None
 
     def __enter__(self) -> Undisturbed:
         """Block the signals first, so that nothing can come between the other steps."""
@@ -49,6 +57,7 @@ class Undisturbed:
         self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - _FAULTS)
         self._collected = gc.isenabled()
         gc.disable()
+        self._alarm = _take_alarm()
         self._become_realtime()
         return self
 
@@ -69,8 +78,63 @@ class Undisturbed:
         if self._scheduling is not None:
             os.sched_setscheduler(0, *self._scheduling)
             self._scheduling = None
+        if self._alarm is not None:
+            _give_alarm_back(self._alarm)
         if self._collected:
             gc.enable()
-        if self._mask is not None:
-            mask, self._mask = self._mask, None
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+
+
+@dataclass(frozen=True, slots=True)
+class _Alarm:
+    """What SIGALRM and its timer were before: ``delay`` and ``interval`` in seconds, at ``taken``."""
+
+    handler: Any
+    delay: float
+    interval: float
+    taken: float
+
+
+_ticks: list[bool] = [False]  # whether SIGALRM is ours now
+
+
+def _take_alarm() -> _Alarm | None:
+    if threading.current_thread() is not threading.main_thread():
+        return None  # Python sets handlers in the main thread only
+    delay, interval = signal.setitimer(signal.ITIMER_REAL, 0)
+    handler = signal.signal(signal.SIGALRM, _tick)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGALRM,))
+    _ticks[0] = True
+    return _Alarm(handler, delay, interval, time.monotonic())
+
+
+def _give_alarm_back(alarm: _Alarm) -> None:
+    _ticks[0] = False
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGALRM,))
+    signal.signal(signal.SIGALRM, alarm.handler)
+    if alarm.delay:
+        left = alarm.delay - (time.monotonic() - alarm.taken)
+        signal.setitimer(signal.ITIMER_REAL, max(left, 1e-6), alarm.interval)
+
+
+def _tick(number: int, frame: FrameType | None) -> None:
+    """Do nothing: that the signal has a handler is what interrupts the call."""
+
+
+@contextmanager
+def ticking(seconds: float) -> Iterator[bool]:
+    """Interrupt blocking system calls of this thread every ``seconds``; false where that is not possible.
+
+    waitpid(2) knows no timeout, and asking it again and again makes the pause longer: a tracee that was woken
+    on this CPU runs only while we sleep, best for exactly as long as it needs. So the wait is a blocking one,
+    and SIGALRM ends it. Possible in the main thread inside of ``Undisturbed``.
+    """
+    if not _ticks[0]:
+        yield False
+        return
+    # An interval, since a single tick could come just before the call that it is to interrupt.
+    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
+    try:
+        yield True
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)

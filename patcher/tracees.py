@@ -7,18 +7,22 @@ of it at the latest when this tracer exits.
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
-import signal
 import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
+from ptrace.ctypes_libc import libc
+
 from elfdiff.errors import BadInput, LivegraftError, NotPermitted
 
 from . import ptrace
 from .proc import ProcessStatus, status
+from .quiet import ticking
 
 _WALL = 0x40000000  # __WALL, wait(2): also children that are threads
 _EVENT_STOP = 128  # PTRACE_EVENT_STOP, include/uapi/linux/ptrace.h
@@ -27,9 +31,14 @@ EVENT_EXEC = 4
 _SIGTRAP = 5
 _SYSCALL_STOP = _SIGTRAP | 0x80  # with PTRACE_O_TRACESYSGOOD
 
-_FIRST_NAP = 20e-6
-_LONGEST_NAP = 1e-3
+_NAP = 50e-6
+_PATIENCE = 5e-3  # seconds until it is asked whether something is in the way
+
 _YAMA = "/proc/sys/kernel/yama/ptrace_scope"
+
+_waitpid = libc["waitpid"]
+_waitpid.argtypes = (ctypes.c_int, ctypes.POINTER(ctypes.c_int), ctypes.c_int)
+_waitpid.restype = ctypes.c_int
 
 
 class StopKind(Enum):
@@ -88,15 +97,28 @@ def wait_for(tids: Iterable[int], deadline: float) -> dict[int, Stop]:
     """
     stops: dict[int, Stop] = {}
     pending = list(tids)
-    nap = _FIRST_NAP
-    while True:
-        # waitpid(2) knows no timeout, so this polls; a stop in between ends the nap (see _nap).
-        late = time.monotonic() >= deadline
-        pending = _collect(pending, stops, thorough=late or nap >= _LONGEST_NAP)
-        if late or not pending:
-            return stops
-        _nap(nap)
-        nap = min(nap * 2, _LONGEST_NAP)
+    patience = time.monotonic() + _PATIENCE
+    with ticking(_PATIENCE) as interruptible:
+        while True:
+            now = time.monotonic()
+            pending = _collect(pending, stops, thorough=now >= min(patience, deadline))
+            if not pending or now >= deadline:
+                return stops
+            if interruptible:
+                stop = _wait_or_tick(pending[0])
+                if stop is not None:
+                    stops[pending.pop(0)] = stop
+            else:
+                time.sleep(_NAP)
+
+
+def _wait_or_tick(tid: int) -> Stop | None:
+    """Return the next stop of a tracee; None if a tick came first."""
+    # Not os.waitpid: that goes on waiting after a signal.
+    wait_status = ctypes.c_int()
+    if _waitpid(tid, ctypes.byref(wait_status), _WALL) == tid:
+        return decode(wait_status.value)
+    return None if ctypes.get_errno() == errno.EINTR else GONE
 
 
 def _collect(pending: list[int], stops: dict[int, Stop], thorough: bool) -> list[int]:
@@ -119,18 +141,6 @@ def _collect(pending: list[int], stops: dict[int, Stop], thorough: bool) -> list
         else:
             return pending[index:]
     return still
-
-
-def _nap(seconds: float) -> None:
-    """Sleep, so that tracees on this CPU get to run even under a real-time tracer; not past a stop.
-
-    The kernel announces every stop by SIGCHLD. Where that is blocked, as in ``quiet.Undisturbed``, it can be
-    waited for; elsewhere, and where this program handles it, the whole nap is slept.
-    """
-    if signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL:
-        signal.sigtimedwait((signal.SIGCHLD,), seconds)
-    else:
-        time.sleep(seconds)
 
 
 def _is_dead(tid: int) -> bool:
