@@ -12,9 +12,8 @@ from dataclasses import replace
 import numpy as np
 
 from elfdiff.image import Image
-from elfdiff.layout_x86_64 import field_shifts
 from elfdiff.patchbuild import Draft
-from elfdiff.patchobject import Finding, PatchFunction, Reason, Severity
+from elfdiff.patchobject import Finding, PatchFunction, Severity
 
 ENTRY_JUMP_SIZE = 5
 """Bytes of a ``jmp rel32``."""
@@ -72,28 +71,58 @@ def guessed_addresses(draft: Draft) -> Iterator[Finding]:
 
 
 def struct_layout(draft: Draft) -> Iterator[Finding]:
-    """Fields that moved by the same distance in several functions: the layout of a structure changed."""
-    comparison = draft.comparison
-    pairs = [
-        (int(i), int(j))
-        for i, j in comparison.matching.pairs(same=False)
-        if comparison.changed.get(int(j)) is not Reason.LINES
-    ]
+    """Fields that moved by the same distance, or alone in a function that differs in nothing else."""
+    names = draft.comparison.new.names
     functions: dict[int, set[int]] = defaultdict(set)
     fields: dict[int, Counter[tuple[int, int]]] = defaultdict(Counter)
-    for shift in field_shifts(comparison.old, comparison.new, pairs):
-        functions[shift.new - shift.old].add(shift.function)
-        fields[shift.new - shift.old][shift.old, shift.new] += 1
+    certain: set[int] = set()
+    for trace in draft.traces:
+        for old, new in trace.fields:
+            functions[new - old].add(trace.function)
+            fields[new - old][old, new] += 1
+            if trace.only:
+                certain.add(new - old)
     for delta, where in sorted(functions.items()):
-        certain = len(where) >= MIN_LAYOUT_FUNCTIONS or len(fields[delta]) >= MIN_LAYOUT_FUNCTIONS
+        refuse = delta in certain or max(len(where), len(fields[delta])) >= MIN_LAYOUT_FUNCTIONS
         shown = ", ".join(f"{a:#x}->{b:#x}" for (a, b), _ in fields[delta].most_common(4))
         yield Finding(
             "struct-layout",
-            Severity.REFUSE if certain else Severity.WARN,
+            Severity.REFUSE if refuse else Severity.WARN,
             f"fields moved by {delta:+d} bytes in {len(where)} function(s): {shown}",
-            tuple(comparison.new.names[j] for j in sorted(where)[:MANY]),
+            tuple(names[j] for j in sorted(where)[:MANY]),
             "a structure seems to have changed its layout; objects that exist already have the old one",
             "restart the program, or show by the sources that no structure changed and --allow struct-layout",
+        )
+
+
+def allocation_sizes(draft: Draft) -> Iterator[Finding]:
+    """A constant size given to an allocator changed: a structure may have grown at its end."""
+    found = [(trace.function, sizes) for trace in draft.traces for sizes in trace.sizes]
+    if found:
+        yield Finding(
+            "allocation-size",
+            Severity.REFUSE,
+            f"{len(found)} constant size(s) given to an allocator differ: "
+            + ", ".join(f"{a} -> {b}" for _, (a, b) in found[:4]),
+            tuple(sorted({draft.comparison.new.names[j] for j, _ in found}))[:MANY],
+            "objects that exist already have the old size, and the new code may reach beyond it",
+            "restart the program, or --allow allocation-size if no existing object is concerned",
+        )
+
+
+def exceptions(draft: Draft) -> Iterator[Finding]:
+    """Code through which C++ exceptions may pass: the running program does not know the patch's unwind tables."""
+    code = draft.comparison.new
+    catching = [f.name for f in draft.functions if code.has_lsda[code.function_of(f.new_start)]]
+    throwing = any(name.startswith(("libstdc++", "libc++")) for name in code.image.needed)
+    if catching or throwing:
+        yield Finding(
+            "exceptions",
+            Severity.REFUSE,
+            "C++ exceptions may pass through the changed functions",
+            tuple(catching[:MANY]) or tuple(f.name for f in draft.functions[:MANY]),
+            "the patch's unwind tables are not registered with the running program, so such an exception ends it",
+            "if no exception passes through these functions, --allow exceptions",
         )
 
 
@@ -130,16 +159,27 @@ def tls_layout(draft: Draft) -> Iterator[Finding]:
     old, new = draft.comparison.old.image, draft.comparison.new.image
     if old.tls is None and new.tls is None:
         return
+    shifts = [(trace.function, shift) for trace in draft.traces for shift in trace.thread_local]
+    if shifts:
+        yield Finding(
+            "tls-layout",
+            Severity.REFUSE,
+            f"thread-local variables moved in {len({j for j, _ in shifts})} function(s)",
+            tuple(sorted({draft.comparison.new.names[j] for j, _ in shifts}))[:MANY],
+            "the threads that run have blocks of the old layout",
+            "restart the program",
+        )
     same_shape = (
         old.tls is not None
         and new.tls is not None
         and (old.tls.memsz, old.tls.filesz, old.tls.align) == (new.tls.memsz, new.tls.filesz, new.tls.align)
+        and old.read(old.tls.vaddr, old.tls.filesz) == new.read(new.tls.vaddr, new.tls.filesz)
     )
     if not same_shape:
         yield Finding(
             "tls-layout",
             Severity.REFUSE,
-            "the layout of thread-local storage differs",
+            "thread-local storage has another layout or other initial values",
             (f"old: {old.tls}", f"new: {new.tls}"),
             "the threads that run have blocks of the old layout",
             "restart the program",
@@ -275,6 +315,8 @@ RULES: tuple[Rule, ...] = (
     unbound_references,
     guessed_addresses,
     struct_layout,
+    allocation_sizes,
+    exceptions,
     label_tables,
     initial_values,
     tls_layout,

@@ -8,55 +8,135 @@ memory operands that differ in nothing but their displacement, through a base th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from elfdiff.code import Code
+import numpy as np
+
+from elfdiff.code import LEA, Code, FieldKind
 from elfdiff.pairing import surviving_instructions
 
+ARGUMENT_WINDOW = 8
+"""Instructions behind an argument within which its call is looked for."""
 PROLOGUE_SIZE = 32
 """Bytes in which a frame pointer is set up, also behind the re-alignment of the stack."""
 
 
 @dataclass(frozen=True)
-class Shift:
-    """In ``function`` (new) a field moved from displacement ``old`` to ``new``."""
+class LayoutTraces:
+    """What a changed function (new index) shows of changed layouts.
+
+    ``fields``: (old, new) displacement of each field access that moved; ``only``: the function differs in nothing
+    else. ``thread_local``: the same for accesses relative to the thread pointer. ``sizes``: (old, new) constant sizes
+    given to an allocator.
+    """
 
     function: int
-    old: int
-    new: int
+    fields: tuple[tuple[int, int], ...]
+    only: bool
+    thread_local: tuple[tuple[int, int], ...]
+    sizes: tuple[tuple[int, int], ...]
 
 
-def field_shifts(old: Code, new: Code, pairs: list[tuple[int, int]]) -> Iterator[Shift]:
-    """All displacement shifts of function pairs (old, new)."""
+def layout_traces(old: Code, new: Code, pairs: list[tuple[int, int]]) -> Iterator[LayoutTraces]:
+    """Look at all changed function pairs (old, new)."""
+    operands = _operand_reader()
+    for i, j in pairs:
+        fields: list[tuple[int, int]] = []
+        thread_local: list[tuple[int, int]] = []
+        framed = _keeps_frame_pointer(old, i)
+        survivors = list(surviving_instructions(old, new, i, j, shape=True))
+        explained = 0
+        for a, b in survivors:
+            first, second = _instruction(old, a), _instruction(new, b)
+            explained += first == second
+            if first != second and old.decoded.opcode[a] != LEA:
+                before = len(fields) + len(thread_local)
+                for one, other in zip(operands(first), operands(second), strict=False):
+                    _note_shift(one, other, framed, fields, thread_local)
+                explained += len(fields) + len(thread_local) > before
+        only = explained == len(old.instructions(i)) == len(new.instructions(j))
+        sizes = tuple(_allocation_sizes(old, new, i, j))
+        yield LayoutTraces(j, tuple(fields), only, tuple(thread_local), sizes)
+
+
+_Operand = tuple[int, int, int, int, int]
+"""Segment, base, index, scale, displacement of a memory operand; capstone's register numbers."""
+
+
+def _operand_reader() -> Callable[[bytes], list[_Operand]]:
     import capstone  # noqa: PLC0415  (87 ms, and most comparisons never come here)
     from capstone import x86_const  # noqa: PLC0415
 
     decoder = capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64)
     decoder.detail = True
-    stack = {x86_const.X86_REG_RSP, x86_const.X86_REG_RIP, 0}
 
-    def operands(code: Code, at: int) -> list[tuple[int, int, int, int]]:
-        """(base, index, scale, displacement) of the memory operands of one instruction."""
-        raw = code.raw[at : at + int(code.decoded.length[at])].tobytes()
+    def operands(raw: bytes) -> list[_Operand]:
         return [
-            (o.mem.base, o.mem.index, o.mem.scale, o.mem.disp)
-            for instruction in decoder.disasm(raw, at)
+            (o.mem.segment, o.mem.base, o.mem.index, o.mem.scale, o.mem.disp)
+            for instruction in decoder.disasm(raw, 0)
             for o in instruction.operands
             if o.type == x86_const.X86_OP_MEM
         ]
 
-    for i, j in pairs:
-        framed = _keeps_frame_pointer(old, i)
-        for a, b in surviving_instructions(old, new, i, j, shape=True):
-            if old.raw[a : a + 15].tobytes() == new.raw[b : b + 15].tobytes():
-                continue
-            for first, second in zip(operands(old, a), operands(new, b), strict=False):
-                # Fields have displacements of at least 0; below rbp lie the locals of a frame set up elsewhere.
-                frame = first[0] == x86_const.X86_REG_RBP and (framed or min(first[3], second[3]) < 0)
-                on_stack = frame or first[0] in stack
-                if first[:3] == second[:3] and first[3] != second[3] and not on_stack:
-                    yield Shift(j, first[3], second[3])
+    return operands
+
+
+def _note_shift(
+    one: _Operand,
+    other: _Operand,
+    framed: bool,
+    fields: list[tuple[int, int]],
+    thread_local: list[tuple[int, int]],
+) -> None:
+    """Note an operand that differs in its displacement alone."""
+    from capstone import x86_const  # noqa: PLC0415
+
+    if one[:4] != other[:4] or one[4] == other[4]:
+        return
+    shift = one[4], other[4]
+    if one[0] == x86_const.X86_REG_FS:
+        thread_local.append(shift)
+        return
+    # Fields have displacements of at least 0; below rbp lie the locals of a frame set up elsewhere.
+    frame = one[1] == x86_const.X86_REG_RBP and (framed or min(shift) < 0)
+    if not frame and one[1] not in (x86_const.X86_REG_RSP, x86_const.X86_REG_RIP, 0):
+        fields.append(shift)
+
+
+def _instruction(code: Code, at: int) -> bytes:
+    """The bytes of an instruction, fields that lead outside zeroed."""
+    return code.masked[at : at + int(code.decoded.length[at])].tobytes()
+
+
+def _allocation_sizes(old: Code, new: Code, i: int, j: int) -> Iterator[tuple[int, int]]:
+    """Constants that differ in ``mov $imm32, edi or esi`` in front of a call of something named ...alloc."""
+    calls = _allocator_calls(old, i)
+    if not calls:
+        return
+    at = old.instructions(i)
+    for a, b in surviving_instructions(old, new, i, j):
+        if int(old.decoded.opcode[a]) not in (0xBE, 0xBF) or int(new.decoded.opcode[b]) != int(old.decoded.opcode[a]):
+            continue
+        index = int(np.searchsorted(at, a))
+        following = next((int(x) for x in at[index + 1 : index + ARGUMENT_WINDOW] if old.decoded.ref_kind[x] == 2), -1)
+        values = tuple(int.from_bytes(code.raw[x + 1 : x + 5].tobytes(), "little") for code, x in ((old, a), (new, b)))
+        if following in calls and values[0] != values[1] and old.decoded.imm_field[a] == 1:
+            yield values[0], values[1]
+
+
+def _allocator_calls(code: Code, function: int) -> set[int]:
+    """Offsets of the calls of functions whose name ends like an allocator's."""
+    references, image = code.references, code.image
+    found = set()
+    for row in range(int(references.first[function]), int(references.last[function])):
+        if references.kind[row] == FieldKind.CALL:
+            target = int(references.target[row])
+            slot = image.slots.get(image.plt.get(target, 0))
+            names = {slot.symbol} if slot else image.names_at.get(target, frozenset())
+            if any(name.endswith(("alloc", "memalign")) for name in names):
+                found.add(int(references.instruction[row]) - code.base)
+    return found
 
 
 def _keeps_frame_pointer(code: Code, function: int) -> bool:

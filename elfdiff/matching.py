@@ -82,14 +82,14 @@ class _Matcher:
 
     def run(self) -> Matching:
         self._unique(self.strict_old, self.strict_new)
-        self._follow()
-        self._in_order(self.strict_old, self.strict_new)
-        self._follow()
         self._unique(self.plain_old, self.plain_new)
+        self._follow(equal=True)
+        self._in_order(self.strict_old, self.strict_new)
+        self._follow(equal=True)
         self._in_order(self.plain_old, self.plain_new)
-        self._follow()
+        self._follow(equal=False)
         self._similar()
-        self._follow()
+        self._follow(equal=False)
         self._correct()
         self._keep_exports()
         same = np.zeros(len(self.old), np.bool_)
@@ -134,20 +134,26 @@ class _Matcher:
                 for k in range(size):
                     self._link(mine[x + k], theirs[y + k], How.ORDER)
 
-    def _follow(self) -> None:
-        """Let matched functions vote for what they refer to, until nothing new is matched."""
+    def _follow(self, *, equal: bool) -> None:
+        """Let matched functions vote for what they refer to, until nothing new is matched.
+
+        ``equal``: only functions of the same masked bytes; a function that calls others in another order has the
+        same bytes, too, and its votes must not part what is the same.
+        """
         while True:
             before = int((self.new_of >= 0).sum())
             self._collect_votes()
             for i, votes in self.votes.items():
                 if self.new_of[i] < 0:
-                    self._elect(i, votes)
+                    self._elect(i, votes, equal=equal)
             if int((self.new_of >= 0).sum()) == before:
                 return
 
-    def _elect(self, i: int, votes: Counter[int]) -> None:
+    def _elect(self, i: int, votes: Counter[int], *, equal: bool) -> None:
         """The function with most of the votes, unless it is taken on equal or better grounds."""
         free = [(count, j) for j, count in votes.items() if self.old_of[j] < 0]
+        if equal:
+            free = [(count, j) for count, j in free if self.plain_old[i] == self.plain_new[j]]
         if not free:
             return
         count, j = max(free)
@@ -184,6 +190,7 @@ class _Matcher:
         for i, votes in self.votes.items():
             j, count = votes.most_common(1)[0]
             weak = self.how[i] in (How.ORDER, How.SIMILAR, 0)
+            weak &= self.how[i] != How.ORDER or self.plain_old[i] == self.plain_new[j]
             if weak and self.new_of[i] != j and 2 * count > votes.total():
                 rival = int(self.old_of[j])
                 if rival >= 0 and self.how[rival] in (How.UNIQUE, How.REFERENCE):

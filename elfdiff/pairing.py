@@ -80,7 +80,10 @@ def _tokens(code: Code, function: int, shape: bool) -> tuple[Indices, list[bytes
     stop = np.where(size > 0, imm, lengths)
     stop = np.where(code.decoded.ref_kind[at] > 1, 0, stop)  # a branch: wherever it leads
     if shape:
-        modrm = code.decoded.modrm[at]
+        # Register and base decide, the width of the displacement does not: a field may move to or from offset 0.
+        raw_modrm = code.decoded.modrm[at]
+        form = np.where(raw_modrm >= 0xC0, 0xC0, np.where((raw_modrm & 0xC7) == 5, 0x40, 0))
+        modrm = (raw_modrm & 0x3F) | form
         return at, [bytes((op & 0xFF, op >> 8, m)) for op, m in zip(opcodes.tolist(), modrm.tolist(), strict=True)]
     low = int(code.starts[function]) - code.base
     raw = code.masked_bytes(function)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from elfdiff.code import TRANSFERS, Code, FieldKind
 from elfdiff.comparison import Comparison
 from elfdiff.image import PAGE, Image, Kind
+from elfdiff.layout_x86_64 import LayoutTraces, layout_traces
 from elfdiff.patchobject import (
     OLD_IMAGE,
     PATCH_IMAGE,
@@ -49,6 +51,17 @@ class Draft:
     functions: tuple[PatchFunction, ...]
     resolver: Resolver
     relocations: list[tuple[int, int, int, int]] = field(default_factory=list)
+
+    @cached_property
+    def traces(self) -> tuple[LayoutTraces, ...]:
+        """What the changed functions show of changed layouts."""
+        comparison = self.comparison
+        pairs = [
+            (int(i), int(j))
+            for i, j in comparison.matching.pairs(same=False)
+            if comparison.changed.get(int(j)) is not Reason.LINES
+        ]
+        return tuple(layout_traces(comparison.old, comparison.new, pairs))
 
 
 def draft(comparison: Comparison, members: NDArray[np.int64], reasons: dict[int, Reason]) -> Draft:
