@@ -124,9 +124,9 @@ class Truth:
         case = self.symbols_at(address + int.from_bytes(raw[:4], "little", signed=True))
         if case and case[0].kind == "STT_FUNC":
             return "switch"
-        offset = int.from_bytes(raw[:4], "little", signed=True)
-        if -0x10000 < offset < 0 and self.section(address + offset).startswith(".rodata"):
-            return "offsets to " + repr(self.read(address + offset, 64).split(b"\0")[0])
+        offsets = [int.from_bytes(raw[k : k + 4], "little", signed=True) for k in (0, 4)]
+        if all(0x10 < abs(k) < 0x10000 and self.section(address + k).startswith(".rodata") for k in offsets):
+            return f"offsets to {[self.read(address + k, 64).split(bytes(1))[0] for k in offsets]}"
         printable = text.isascii() and text.decode("ascii").replace("\n", "").isprintable()
         return repr(text) if printable else raw[:8].hex()
 
