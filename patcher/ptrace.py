@@ -27,7 +27,6 @@ from .registers_x86_64 import Registers
 class Request(IntEnum):
     """Request numbers of include/uapi/linux/ptrace.h."""
 
-    PEEKTEXT = binding.PTRACE_PEEKTEXT
     POKETEXT = binding.PTRACE_POKETEXT
     GETREGS = binding.PTRACE_GETREGS
     SETREGS = binding.PTRACE_SETREGS
@@ -134,16 +133,6 @@ def event_message(tid: int) -> int:
     value = ctypes.c_ulong()
     _request(Request.GETEVENTMSG, tid, 0, ctypes.addressof(value))
     return value.value
-
-
-def peek_word(tid: int, address: int) -> int:
-    """Return the unsigned 8-byte word at ``address`` of a stopped thread. Raises PtraceFailed."""
-    ctypes.set_errno(0)
-    # -1 is a value, too: the C library's wrapper returns the word itself, and only errno tells them apart.
-    word: int = _ptrace(Request.PEEKTEXT, tid, address, 0)
-    if word == -1 and ctypes.get_errno():
-        raise PtraceFailed(Request.PEEKTEXT, tid, ctypes.get_errno())
-    return word & (1 << 64) - 1
 
 
 def poke_word(tid: int, address: int, word: int) -> None:
