@@ -3,11 +3,12 @@
 
 PYTHON ?= python3
 ARGS ?=
+ROUNDS ?= 300
 
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test soak lint clean
 .DEFAULT_GOAL := help
 
 help: ## list what make can do
@@ -20,6 +21,10 @@ demo: $(VENV)/.runtime ## patch a running server under load, and take the patch 
 test: $(VENV)/.development ## run all tests (ARGS='tests/unit -k name' for some)
 	@bash .ci/tools all
 	@$(RUN) -m pytest $(ARGS)
+
+soak: $(VENV)/.development ## the long runs: 300 kills of the patcher (ROUNDS=n for another number)
+	@bash .ci/tools all
+	@LIVEGRAFT_ROUNDS=$(ROUNDS) $(RUN) -m pytest -s tests/live/test_killed_patcher.py
 
 lint: $(VENV)/.development ## check style and types
 	@$(RUN) -m ruff check .

@@ -224,6 +224,15 @@ def slot_for_stub(pid: int, memory: Memory) -> int:
     raise no_room(pid, caves)
 
 
+def erase_old_stubs(pid: int, memory: Memory) -> None:
+    """Erase the stubs that killed patchers have left, but for those that a thread may still return to.
+
+    The caller must hold the process (``exclusive``). Raises LivegraftError, BadInput, NotPermitted.
+    """
+    for old in old_stubs(find_caves(modules(mappings(pid), memory)), memory):
+        _reclaim(pid, memory, old)
+
+
 def _reclaim(pid: int, memory: Memory, old: OldStub) -> bool:
     """Erase an old stub if the thread for which it was made is through with it."""
     if old.tid not in thread_ids(pid):

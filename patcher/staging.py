@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from elfdiff.errors import Refused
 
 from .binding import PF_W, Binding, BoundSegment, relocate
+from .exclusive import exclusive
 from .mapping import (
     Image,
     PlaceTaken,
@@ -42,7 +43,7 @@ from .record import (
     record_size,
     segment_digest,
 )
-from .remote import RemoteCaller, RemoteCallError
+from .remote import RemoteCaller, RemoteCallError, erase_old_stubs
 from .target import Snapshot, leaked_descriptors, own_mappings
 
 OnStep = Callable[[str], None]
@@ -118,15 +119,22 @@ def _stage_again(record: Record, binding: Binding, now: Situation, memory: Memor
 
 def sweep(seen: Snapshot, memory: Memory) -> None:
     """Take away what patchers that did not come to an end have left: mappings never in force, open memory
-    files.
+    files, stubs.
 
     Raises LivegraftError, Busy.
     """
+    sweep_stubs(seen.pid, memory)
     spans = _garbage(seen, memory)
     descriptors = leaked_descriptors(seen.pid)
     if spans or descriptors:
         with RemoteCaller(seen.pid, memory) as caller:
             _remove(caller, spans, descriptors)
+
+
+def sweep_stubs(pid: int, memory: Memory) -> None:
+    """Erase the stubs that killed patchers left behind program text. Raises LivegraftError, Busy."""
+    with exclusive(pid):
+        erase_old_stubs(pid, memory)
 
 
 def _garbage(seen: Snapshot, memory: Memory) -> tuple[tuple[int, int], ...]:

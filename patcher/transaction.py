@@ -20,7 +20,7 @@ from .pause import Pause, carry_out
 from .placement import MARGIN
 from .plan import Plan, Situation, plan_apply, plan_revert, removed_ranges, situation
 from .record import FIRST_SLOT, INTERRUPTED, Contents, Record, State, record_size
-from .staging import Staged, bases, make_draft, stage, sweep
+from .staging import Staged, bases, make_draft, stage, sweep, sweep_stubs
 from .target import Snapshot, open_target, require_intact, take_snapshot
 from .vetting import module_of_record, require_believable
 
@@ -180,6 +180,7 @@ def revert(
             return _already(seen, record)
         module = _module_of(record, seen)
         now = situation(seen.records, module)
+        sweep_stubs(pid, memory)
         plan = plan_revert(record, now, memory.read_many)
         pause = carry_out(plan, seen, memory, timeout, on_step)
         others = tuple(item for item in now.interrupted if item.address != record.address)

@@ -143,7 +143,7 @@ def test_a_killed_patcher_costs_nothing(kv: Kv, tmp_path: Path) -> None:
                 do_revert(pid, patch)
             load.more(1000)
             assert probe(daemon.port) == PROBES[1]
-            assert altered_code(pid) == []
+            assert altered_code(pid) == [], dict(left)
             assert writable_and_executable(pid) == []
             assert_at_liberty(pid)
             report = load.stop()
