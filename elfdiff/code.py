@@ -241,6 +241,10 @@ def _references(
     instruction, offset, kind, target = instruction[order], offset[order], kind[order], target[order]
     relative = kind <= FieldKind.SHORT
     target = np.where(relative, target + base, target)
+    # Data among code reads as anything: what leads out of the image is no reference.
+    real = (target >= image.base) & (target < image.high)
+    instruction, offset, kind, target = instruction[real], offset[real], kind[real], target[real]
+    relative = relative[real]
     address = instruction + base
     function = np.searchsorted(starts, address, "right") - 1
     inside = (target >= starts[function]) & (target < ends[function])

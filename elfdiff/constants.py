@@ -21,6 +21,7 @@ from elfdiff.image import Addresses, Kind
 from elfdiff.jumptables_x86_64 import JumpTable
 from elfdiff.matching import Matching
 
+CONSTANTS = (Kind.CONSTANT, Kind.RELRO)
 COMPARED = (Kind.CONSTANT, Kind.RELRO, Kind.DATA, Kind.BSS)
 MAX_LOAD = 64
 """Bytes of the widest vector load: what a number that is only loaded can be long."""
@@ -239,7 +240,7 @@ class _Comparer:
         kind_old, kind_new = self.old.image.kind_at(o), self.new.image.kind_at(n)
         if Kind.TEXT in (kind_old, kind_new):
             return self._same_code(o, n)
-        if kind_old in (Kind.CONSTANT, Kind.RELRO) and kind_new in (Kind.CONSTANT, Kind.RELRO):
+        if kind_old in CONSTANTS and kind_new in CONSTANTS:
             self.parents.setdefault((o, n), set()).add(parent)
             self.todo.append((o, n))
             self.slot_pairs.setdefault(n, o)
@@ -303,7 +304,7 @@ class _Comparer:
                 parents = self.parents.get(pair, set())
                 blamed |= parents
                 todo.extend(parents)
-            previous = before.get(pair)
+            previous = before.get(pair) if self.old.image.kind_at(pair[0]) in CONSTANTS else None
             if previous is not None and self._reads_on(self.segments[previous], self.segments[pair]):
                 if self.segments[previous].barrier is not Barrier.LOADED:
                     blamed.add(previous)
