@@ -157,7 +157,7 @@ def load_code(image: Image) -> Code:
     starts, ends, has_unwind, has_lsda = _bounds(image, raw, decoded, base)
     is_start, final = instruction_starts(decoded.length, starts - base, ends - base)
     sound = final == ends - base
-    references = _references(image, decoded, is_start, base, starts, ends, raw)
+    references = _references(image, decoded, is_start, base, starts, ends, raw, has_unwind)
     return Code(
         image=image,
         base=base,
@@ -231,6 +231,7 @@ def _references(
     starts: Addresses,
     ends: Addresses,
     raw: NDArray[np.uint8],
+    has_unwind: NDArray[np.bool_],
 ) -> References:
     at = np.nonzero(is_start & decoded.valid)[0]
     columns = [_relative_fields(raw, decoded, at)]
@@ -241,8 +242,10 @@ def _references(
     instruction, offset, kind, target = instruction[order], offset[order], kind[order], target[order]
     relative = kind <= FieldKind.SHORT
     target = np.where(relative, target + base, target)
-    # Data among code reads as anything: what leads out of the image is no reference.
+    # Data among code reads as anything: there, what leads out of the image is no reference. In functions it is
+    # one: a weak symbol that nothing defines has address 0 in programs at a fixed address.
     real = (target >= image.base) & (target < image.high)
+    real |= has_unwind[np.searchsorted(starts, instruction + base, "right") - 1]
     instruction, offset, kind, target = instruction[real], offset[real], kind[real], target[real]
     relative = relative[real]
     address = instruction + base

@@ -129,6 +129,8 @@ class _Judge:
             if (o, n) not in self.constants.segments and not self._same_string(o, n):
                 return Reason.CONSTANT
             return None
+        if not self.old.image.contains(o) and not self.new.image.contains(n):
+            return None if o == n else Reason.CALLEE
         known = self.addresses.old_of.get(n)
         if known is None:
             return Reason.CALLEE

@@ -26,7 +26,7 @@ COMPARED = (Kind.CONSTANT, Kind.RELRO, Kind.DATA, Kind.BSS)
 MAX_LOAD = 64
 """Bytes of the widest vector load: what a number that is only loaded can be long."""
 
-MIN_OFFSETS = 8
+MIN_OFFSETS = 12
 """Bytes of the shortest table of offsets that is recognised."""
 MAX_ROW = 64
 ROW_SIZES = (2, 4, 8, 16, 32, 64)
@@ -138,6 +138,12 @@ class _Side:
         """What the file holds there."""
         return self.view[address - self.base : address - self.base + size]
 
+    def pointer(self, address: int) -> int:
+        """What the pointer slot at an address points to."""
+        found = self.image.pointer_at(address)
+        assert found is not None
+        return found
+
     def slot_offsets(self, address: int, size: int) -> Addresses:
         """Offsets of the pointer slots in [address, address + size)."""
         first = int(np.searchsorted(self.slots, address))
@@ -225,34 +231,38 @@ class _Comparer:
         slots_old, slots_new = self.old.slot_offsets(o, size), self.new.slot_offsets(n, size)
         if not len(slots_old) and not len(slots_new):
             equal = self.old.content(o, size) == self.new.content(n, size)
-            return self._same_offsets(o, n, size) or equal
+            by_offsets = self._same_offsets(o, n, size)
+            return equal if by_offsets is None else by_offsets
         if len(slots_old) != len(slots_new) or (slots_old != slots_new).any():
             return False
         equal = _without(self.old.content(o, size), slots_old) == _without(self.new.content(n, size), slots_new)
-        for offset in slots_old.tolist():
-            to, tn = self.old.image.pointer_at(o + offset), self.new.image.pointer_at(n + offset)
-            assert to is not None and tn is not None
-            equal &= self._same_target((o, n), to, tn)
-        return equal
+        pairs = [(self.old.pointer(o + offset), self.new.pointer(n + offset)) for offset in slots_old.tolist()]
+        if not equal or not all(self._may_be_same(to, tn) for to, tn in pairs):
+            return False  # what else it points to is not paired: elements may have been inserted
+        for to, tn in pairs:
+            self._pair((o, n), to, tn)
+        return True
 
-    def _same_target(self, parent: Pair, o: int, n: int) -> bool:
-        """Whether two pointers lead to the same thing; constants are queued and blamed on the parent later."""
+    def _may_be_same(self, o: int, n: int) -> bool:
+        """Whether two pointers can lead to the same thing, by what is known of both."""
         kind_old, kind_new = self.old.image.kind_at(o), self.new.image.kind_at(n)
         if Kind.TEXT in (kind_old, kind_new):
             return self._same_code(o, n)
         if kind_old in CONSTANTS and kind_new in CONSTANTS:
-            self.parents.setdefault((o, n), set()).add(parent)
-            self.todo.append((o, n))
-            self.slot_pairs.setdefault(n, o)
-            return True
+            first, second = self.old.string_alone(o), self.new.string_alone(n)
+            return first == second
         known = self.addresses.certain(n)
-        if known is not None:
-            return known == o
-        if not self.addresses.order.fits(o, n):
-            return False  # two pointers of a table that changed places
-        self.parents.setdefault((o, n), set())
-        self.todo.append((o, n))  # for its initial value
-        return self.slot_pairs.setdefault(n, o) == o
+        return known == o if known is not None else self.addresses.order.fits(o, n)
+
+    def _pair(self, parent: Pair, o: int, n: int) -> None:
+        """Two pointers of equal tables: what they lead to is compared in turn, and blamed on the table."""
+        kind_old, kind_new = self.old.image.kind_at(o), self.new.image.kind_at(n)
+        if kind_old not in COMPARED or kind_new not in COMPARED:
+            return
+        constant = kind_old in CONSTANTS and kind_new in CONSTANTS
+        self.parents.setdefault((o, n), set()).update({parent} if constant else ())
+        self.slot_pairs.setdefault(n, o)
+        self.todo.append((o, n))
 
     def _same_code(self, o: int, n: int) -> bool:
         i, j = self.old.code.function_of(o), self.new.code.function_of(n)
@@ -266,13 +276,19 @@ class _Comparer:
             return False
         return all(self._same_code(o, n) for o, n in zip(first.targets.tolist(), second.targets.tolist(), strict=True))
 
-    def _same_offsets(self, o: int, n: int, size: int) -> bool:
-        """A table of 32-bit offsets from itself to strings (clang's relative lookup tables), led to the same ones."""
+    def _same_offsets(self, o: int, n: int, size: int) -> bool | None:
+        """Whether two tables of 32-bit offsets from themselves to strings lead to the same ones; None: no such tables.
+
+        clang makes them of switches that choose a string (relative lookup tables).
+        """
+        if o not in self.old.address_taken:
+            return None
         first, second = self._offset_targets(self.old, o, size), self._offset_targets(self.new, n, size)
         if not len(first) or len(first) != len(second):
-            return False
+            return None
         for a, b in zip(first.tolist(), second.tolist(), strict=True):
-            self._same_target((o, n), a, b)
+            if self.old.image.string_at(a) != self.new.image.string_at(b):
+                return False
         return True
 
     def _offset_targets(self, side: _Side, address: int, size: int) -> Addresses:

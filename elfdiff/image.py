@@ -147,6 +147,10 @@ class Image:
         """One past the last address of the image."""
         return self.base + len(self.memory)
 
+    def contains(self, address: int) -> bool:
+        """Whether an address lies in the image."""
+        return self.base <= address < self.high
+
     def read(self, address: int, size: int) -> bytes:
         """The bytes at a virtual address. Raises BadInput outside the image."""
         offset = address - self.base

@@ -215,6 +215,8 @@ class Resolver:
             return self._constant(target)
         if kind in (Kind.DATA, Kind.BSS):
             return self._variable(target, taken)
+        if self.new.image.fixed_address and not self.new.image.contains(target):
+            return Place(OLD_IMAGE, target)  # a number or a weak symbol that nothing defines: the same everywhere
         known = self.comparison.addresses.certain(target)
         return Place(OLD_IMAGE, known) if known is not None else "no unchanged code names it"
 
