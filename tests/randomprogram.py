@@ -37,7 +37,10 @@ class Program:
 
     def text(self) -> str:
         """The C source."""
-        parts = ["#include <stdio.h>\n#include <string.h>\n#include <stdlib.h>\n#define N __attribute__((noinline,noclone,noipa))\n"]
+        parts = [
+            "#include <stdio.h>\n#include <string.h>\n#include <stdlib.h>\n"
+            "#define N __attribute__((noinline,noclone,noipa))\n"
+        ]
         parts += [_declaration(v) for v in self.variables]
         parts += [f"{_head(f)};\n" for f in self.functions]
         kinds = {v.name: v for v in self.variables}
@@ -88,7 +91,9 @@ def _body(f: Function, kinds: dict[str, Variable]) -> str:
         elif how == "print":
             lines.append(f'  printf("{name} {number} %d\\n", x);\n')
         elif how == "switch":
-            cases = "".join(f'    case {k}: x += {k * k + number}; puts("case {k} of {number}"); break;\n' for k in range(6))
+            cases = "".join(
+                f'    case {k}: x += {k * k + number}; puts("case {k} of {number}"); break;\n' for k in range(6)
+            )
             lines.append(f"  switch (x) {{\n{cases}  }}\n")
         else:
             lines.append(f"  x = x * {number} + 1;\n")
@@ -106,13 +111,14 @@ def _use(v: Variable, number: int) -> str:
             else f"  for (__typeof__({v.name}[0]) *p = {v.name}; p != {v.name} + {len(v.value)}; p++) x += *p;\n"
         )  # fmt: skip
     if v.kind == "buffer":
-        return f"  snprintf({v.name}, sizeof {v.name}, \"%d\", x);\n" if number % 2 else f"  x += {v.name}[{k}];\n"
+        return f'  snprintf({v.name}, sizeof {v.name}, "%d", x);\n' if number % 2 else f"  x += {v.name}[{k}];\n"
     if v.kind == "struct":
         return f"  {v.name}.b += x; {v.name}.c[0] = {number & 63};\n" if number % 2 else f"  x += {v.name}.a;\n"
     if v.kind in ("const ints", "const doubles", "const bytes"):
         return (
             f"  x += {v.name}[x & 1];\n" if number % 2
-            else f"  for (const __typeof__({v.name}[0]) *p = {v.name}; p != {v.name} + {len(v.value)}; p++) x += *p * x;\n"
+            else f"  for (const __typeof__({v.name}[0]) *p = {v.name}; p != {v.name} + {len(v.value)}; p++)"
+            " x += *p * x;\n"
         )  # fmt: skip
     if v.kind in ("const strings", "strings"):
         return f"  puts({v.name}[x & 1]);\n"
@@ -154,7 +160,9 @@ def _statement(program: Program, random: Random) -> tuple[str, str, int]:
         return how, random.choice(program.functions).name, number
     if how == "use":
         return how, random.choice(program.variables).name, number
-    return ("print", f"text{number % 7}", number) if how == "print" else (how if how != "call" else "number", "", number)
+    return (
+        ("print", f"text{number % 7}", number) if how == "print" else (how if how != "call" else "number", "", number)
+    )
 
 
 def _edit_function(program: Program, random: Random, change: Callable[[Function], Function]) -> Program:

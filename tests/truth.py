@@ -125,7 +125,7 @@ class Truth:
         if case and case[0].kind == "STT_FUNC":
             return "switch"
         offsets = [int.from_bytes(raw[k : k + 4], "little", signed=True) for k in (0, 4)]
-        if all(0x10 < abs(k) < 0x10000 and self.section(address + k).startswith(".rodata") for k in offsets):
+        if all(8 <= abs(k) < 0x10000 and self.section(address + k).startswith(".rodata") for k in offsets):
             return f"offsets to {[self.read(address + k, 64).split(bytes(1))[0] for k in offsets]}"
         printable = text.isascii() and text.decode("ascii").replace("\n", "").isprintable()
         return repr(text) if printable else raw[:8].hex()
@@ -138,10 +138,7 @@ class Truth:
 
     def instructions(self, name: str) -> list[Instruction]:
         symbol = self.functions[name]
-        return [
-            _instruction(i)
-            for i in self._disassembler.disasm(self.read(symbol.start, symbol.size), symbol.start)
-        ]
+        return [_instruction(i) for i in self._disassembler.disasm(self.read(symbol.start, symbol.size), symbol.start)]
 
 
 def _instruction(i: capstone.CsInsn) -> Instruction:

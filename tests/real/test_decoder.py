@@ -33,9 +33,13 @@ def differences(path: Path) -> tuple[int, list[str]]:
             if raw[offset : offset + 2] == XBEGIN:
                 continue  # tests/unit/test_decode.py holds it as a known defect
             if ours.reading(low + offset) != theirs or not ours.valid(low + offset):
-                found.append(f"{code.starts[function] + offset:#x} {raw[offset:end].hex()}: {ours.reading(low + offset)}")
+                found.append(
+                    f"{code.starts[function] + offset:#x} {raw[offset:end].hex()}: {ours.reading(low + offset)}"
+                )
         if end != len(raw) and code.sound[function]:
-            found.append(f"{code.starts[function] + end:#x} {raw[end : end + 15].hex()}: capstone knows no such instruction")
+            found.append(
+                f"{code.starts[function] + end:#x} {raw[end : end + 15].hex()}: capstone knows no such instruction"
+            )
     return compared, found
 
 

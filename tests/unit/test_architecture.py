@@ -23,9 +23,8 @@ def imports(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            if node.level == 0:  # a relative one cannot leave the room: Python allows none beyond the top package
-                yield (node.module or "").split(".")[0]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:  # a relative one cannot leave its top package
+            yield (node.module or "").split(".")[0]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

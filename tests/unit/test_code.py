@@ -110,7 +110,8 @@ def test_masked_bytes_of_a_function_do_not_depend_on_where_it_lies(compiled: Com
 def code_of(compiled: Compiler, before: str) -> Code:
     text = before + (
         "\nint g[9] = {1};\n__attribute__((noipa)) int h(int x) { return x * g[3]; }\n"
-        "__attribute__((noipa)) int f(int x) { g[x]++; return h(x) + g[2]; }\nint main(int n, char **v) { return f(n); }"
+        "__attribute__((noipa)) int f(int x) { g[x]++; return h(x) + g[2]; }\n"
+        "int main(int n, char **v) { return f(n); }"
     )
     return load_code(load_image(compiled(text, stripped=False)))
 

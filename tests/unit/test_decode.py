@@ -54,8 +54,11 @@ def _odd(raw: bytes) -> bool:
     return misplaced or (sixteen and branch) or two_byte or raw[at : at + 2] == b"\xc7\xf8"
 
 
-@pytest.mark.xfail(strict=True, reason="xbegin rel32 (C7 /7, mod 3) is not seen as a reference; glibc's lock elision has "
-                   "it, always within a function, where it does no harm")
+@pytest.mark.xfail(
+    strict=True,
+    reason="xbegin rel32 (C7 /7, mod 3) is not seen as a reference; glibc's lock elision has "
+    "it, always within a function, where it does no harm",
+)
 def test_xbegin_is_a_reference() -> None:
     raw = bytes.fromhex("c7f810000000") + bytes(9)
     assert ByUs(raw).reading(0) == by_capstone(CAPSTONE, raw)

@@ -56,9 +56,11 @@ FIXED = program(
     "static int a; static long b; static int c; static const char *const t[] = {\"x\", \"y TEXT\"};\n"
     "static int (*const ops[])(const char *) = {puts, atoi};\nstatic int plain[40];\n"
     "SEPARATE int edited(int x) { puts(t[x & 1]); a += x; EDIT; plain[x] = 3; return c + ops[x & 1](t[0]); }\n"
-    "SEPARATE int uses(int x) { b -= x; c ^= 3; a *= b; for (int *p = plain; p != plain + 40; p++) a += *p; return a; }\n"
+    "SEPARATE int uses(int x) { b -= x; c ^= 3; a *= b;"
+    " for (int *p = plain; p != plain + 40; p++) a += *p; return a; }\n"
     "SEPARATE int takes(int (*f)(int), int x) { return f(x) + (f == edited); }\n"
-    "SEPARATE int gives(int x) { switch (x) { case 0: puts(\"0\"); break; case 1: puts(\"1\"); break; case 2: puts(\"2\");"
+    "SEPARATE int gives(int x) { switch (x) { case 0: puts(\"0\"); break; case 1: puts(\"1\"); break;"
+    " case 2: puts(\"2\");"
     " break; case 3: puts(\"3\"); break; case 4: x++; puts(\"4 TEXT\"); } return takes(edited, x); }\n",
     "edited(n) + uses(n) + gives(n)", EDIT=("", "if (c > 3) puts(\"more\")"),
     TEXT=("cat", "dog"),

@@ -51,8 +51,6 @@ def test_locals_that_moved_are_no_layout(compiled: Compiler) -> None:
         assert judge(compiled, pair, level).check().reasons.keys() >= {"edited", "edited2"}
 
 
-@pytest.mark.xfail(strict=True, reason="two fields that change places: one user each, and zero displacement has another"
-                   " ModRM byte, so nothing aligns; every existing object is read the wrong way")
 def test_fields_that_change_places_are_refused(compiled: Compiler) -> None:
     pair = program(
         "struct s { ORDER; int c; };\n"
@@ -64,8 +62,6 @@ def test_fields_that_change_places_are_refused(compiled: Compiler) -> None:
     assert judge(compiled, pair).refused
 
 
-@pytest.mark.xfail(strict=True, reason="one shifted field in one function only warns; the signature may be weak, but "
-                   "existing objects have the old layout just the same")
 def test_a_shifted_field_with_one_user_is_refused(compiled: Compiler) -> None:
     pair = program(
         "struct s { int a; SECOND int b; };\nSEPARATE int one(struct s *p) { puts(\"1\"); return p->b++; }\n"
@@ -75,8 +71,6 @@ def test_a_shifted_field_with_one_user_is_refused(compiled: Compiler) -> None:
     assert judge(compiled, pair).refused
 
 
-@pytest.mark.xfail(strict=True, reason="a field appended to a structure on the heap moves no other; that the size given "
-                   "to malloc changed is the only trace: old objects are shorter than the new code believes")
 def test_a_structure_that_grew_at_its_end_is_refused(compiled: Compiler) -> None:
     pair = program(
         "struct s { int a; long b; FIELD };\n"
@@ -109,7 +103,9 @@ def inside_edited(verdict: Verdict, address: int) -> bool:
 
 
 def test_a_table_of_labels_of_unchanged_code_is_no_hazard(compiled: Compiler) -> None:
-    text = LABELS.text.replace("STEP", "1").replace("\nint main", "SEPARATE int other(int x) { puts(\"o\"); return x * STEP; }\nint main")
+    text = LABELS.text.replace("STEP", "1").replace(
+        "\nint main", 'SEPARATE int other(int x) { puts("o"); return x * STEP; }\nint main'
+    )
     pair = Pair(text.replace("edited(n)", "edited(n) + other(n)"), {"STEP": ("3", "5")}, {})
     assert judge(compiled, pair).check().reasons == {"other": "code"}
 
@@ -117,7 +113,8 @@ def test_a_table_of_labels_of_unchanged_code_is_no_hazard(compiled: Compiler) ->
 INITIAL = program(
     "static int front = 4, limit = NUM, back = 5;\n"
     "SEPARATE int uses(int x) { front += x; back -= x; limit++; return front * limit; }\n"
-    "SEPARATE int edited(int x) { puts(\"e\"); return x * STEP; }\n", "uses(n) + edited(n)", NUM=("10", "20"), STEP=("3", "5"),
+    "SEPARATE int edited(int x) { puts(\"e\"); return x * STEP; }\n",
+    "uses(n) + edited(n)", NUM=("10", "20"), STEP=("3", "5"),
 )  # fmt: skip
 
 
@@ -129,13 +126,12 @@ def test_another_initial_value_is_refused_and_can_be_allowed(compiled: Compiler)
 
 
 @pytest.mark.parametrize("values", [("", "= 5"), ("= 5", "")])
-@pytest.mark.xfail(strict=True, reason="a variable that moves between .bss and .data is not compared at all: the running "
-                   "program keeps 0 where the new build begins with 5, and nothing is said")
 def test_an_initial_value_that_comes_or_goes_is_refused(values: tuple[str, str], compiled: Compiler) -> None:
     pair = program(
         "static int front = 4, limit VALUE, zero;\n"
         "SEPARATE int uses(int x) { front += x; limit++; zero -= x; return front * limit; }\n"
-        "SEPARATE int edited(int x) { puts(\"e\"); return x * STEP; }\n", "uses(n) + edited(n)", VALUE=values, STEP=("3", "5"),
+        "SEPARATE int edited(int x) { puts(\"e\"); return x * STEP; }\n",
+        "uses(n) + edited(n)", VALUE=values, STEP=("3", "5"),
     )  # fmt: skip
     assert "initial-value" in judge(compiled, pair).refused
 
@@ -148,9 +144,9 @@ def test_more_thread_local_storage_is_refused(compiled: Compiler) -> None:
     assert judge(compiled, pair).refused == {"tls-layout"}
 
 
-@pytest.mark.xfail(strict=True, reason="tls_layout says that it compares initial values, and compares sizes only")
 def test_other_initial_values_of_thread_local_storage_are_refused(compiled: Compiler) -> None:
-    pair = program("static __thread int a = NUM;\nSEPARATE int edited(int x) { a += x * STEP; return a; }\n", "edited(n)",
+    pair = program("static __thread int a = NUM;\n"
+                   "SEPARATE int edited(int x) { a += x * STEP; return a; }\n", "edited(n)",
                    NUM=("3", "4"), STEP=("1", "5"))  # fmt: skip
     assert "tls-layout" in judge(compiled, pair).refused
 
@@ -161,8 +157,6 @@ def test_the_same_thread_local_storage_is_no_hazard(compiled: Compiler) -> None:
     assert judge(compiled, pair).check().reasons == {"edited": "code"}
 
 
-@pytest.mark.xfail(strict=True, reason="only size and initial values of the TLS block are compared: two thread-local "
-                   "variables that change places leave both the same, and the new code reads the other one's value")
 def test_thread_local_variables_that_change_places_are_refused(compiled: Compiler) -> None:
     pair = program(
         "static __thread int ORDER;\nSEPARATE int one(int x) { aa += x; return aa; }\n"
@@ -183,18 +177,16 @@ SHORT = "SEPARATE void edited(int x) { EDIT; }\nSEPARATE int behind(int x) { ret
 
 
 def test_a_function_shorter_than_the_entry_jump_is_refused(compiled: Compiler) -> None:
-    pair = program(SHORT, "(edited(n), behind(n))", EDIT=("", "puts(\"x\")"))
+    pair = program(SHORT, "(edited(n), behind(n))", EDIT=("", 'puts("x")'))
     assert "short-function" in judge(compiled, pair, "-Os", "-falign-functions=1").refused
 
 
 def test_a_short_function_with_padding_behind_it_is_patched(compiled: Compiler) -> None:
-    pair = program(SHORT, "(edited(n), behind(n))", EDIT=("", "puts(\"x\")"))
+    pair = program(SHORT, "(edited(n), behind(n))", EDIT=("", 'puts("x")'))
     verdict = judge(compiled, pair, "-falign-functions=16").check()
     assert verdict.functions["edited"].old_size == 1
 
 
-@pytest.mark.xfail(strict=True, reason="over-refusal: a new import moves .data by a slot, __TMC_END__ (start-up code without "
-                   "FDE) and the first variable of .bss no longer coincide: contradictory-address and no-unwind")
 def test_a_new_import_is_bound_later(compiled: Compiler) -> None:
     pair = program("SEPARATE int edited(int x) { puts(\"e\"); EDIT; return x; }\n", "edited(n)",
                    EDIT=("", "x += strtol(\"4\", 0, x)"))  # fmt: skip
@@ -204,7 +196,9 @@ def test_a_new_import_is_bound_later(compiled: Compiler) -> None:
 
 
 def test_an_import_that_unpatched_code_had_is_not_new(compiled: Compiler) -> None:
-    pair = program("SEPARATE int edited(int x) { puts(\"e\"); EDIT; return x; }\n", "edited(n)", EDIT=("", "printf(\"%d\", x)"))
+    pair = program(
+        'SEPARATE int edited(int x) { puts("e"); EDIT; return x; }\n', "edited(n)", EDIT=("", 'printf("%d", x)')
+    )
     verdict = judge(compiled, pair).check()
     assert (verdict.warned, verdict.made.imports) == (set(), ())
 
@@ -215,8 +209,6 @@ def test_another_library_is_refused(compiled: Compiler) -> None:
     assert "new-library" in judge(compiled, pair, "-lm", "-Wl,--as-needed").refused
 
 
-@pytest.mark.xfail(strict=True, reason="nothing looks at has_lsda, and nobody registers the patch's .eh_frame with the "
-                   "process: an exception that passes a patched frame ends in std::terminate")
 def test_code_that_throws_or_catches_is_refused(compiled: Compiler) -> None:
     pair = program(
         "#include <stdexcept>\nSEPARATE int throws(int x) { if (x > 3) throw std::runtime_error(\"big\"); return x; }\n"

@@ -63,11 +63,6 @@ def test_an_argument_above_lines_that_stayed_is_a_change(compiled: Compiler) -> 
 
 
 @pytest.mark.parametrize("numbers", [((10, 10), (20, 20), (30, 60)), ((10, 10), (20, 20), (30, 31))])
-@pytest.mark.xfail(
-    strict=True,
-    reason="of the largest number of a file nothing lies above, all(()) is true, and any shift is believed: a changed "
-    "level, size or timeout beside a string like 'net.c' is left out as a line",
-)
 def test_the_last_argument_beside_a_file_name_is_a_change(
     numbers: tuple[tuple[int, int], ...], compiled: Compiler
 ) -> None:
@@ -75,7 +70,6 @@ def test_the_last_argument_beside_a_file_name_is_a_change(
     assert verdict.patch is not None and "third" in verdict.reasons
 
 
-@pytest.mark.xfail(strict=True, reason="the same: the only argument beside the file name is believed to be a line")
 def test_a_lone_number_beside_a_file_name_is_a_change(compiled: Compiler) -> None:
     pair = program(
         "SEPARATE int load(const char *f, int seconds) { return printf(\"%s %d\", f, seconds); }\n"
@@ -85,7 +79,6 @@ def test_a_lone_number_beside_a_file_name_is_a_change(compiled: Compiler) -> Non
     assert verdict.patch is not None and "edited" in verdict.reasons
 
 
-@pytest.mark.xfail(strict=True, reason="the same: an enumeration that grew, its last user beside a file name")
 def test_a_shifted_enumeration_is_a_change_beside_a_file_name(compiled: Compiler) -> None:
     pair = program(
         "enum level { LOW, NEW HIGH, TOP };\n"

@@ -67,23 +67,7 @@ def test_nothing_of_kv_is_matched_wrongly(versions: tuple[int, int], variant: Va
     assert len(pinned) > 20
 
 
-MISLED = pytest.mark.xfail(
-    strict=True,
-    reason="main makes the same calls in another order: its masked bytes are equal, so its references pair by place and "
-    "vote for wrong functions; such votes come before unique plain hashes and link functions of other bytes. The patch "
-    "then leads the old entry of one function to the body of another",
-)
-
-
-CRT_END = pytest.mark.xfail(
-    strict=True,
-    reason="start-up code names __TMC_END__, the end of .data: that pins the first variable of the old .bss to the first "
-    "one of the new .bss, whatever they are",
-)
-KNOWN = {0: MISLED, 4: MISLED, 9: CRT_END}
-
-
-@pytest.mark.parametrize("seed", [pytest.param(k, marks=KNOWN.get(k, [])) for k in range(12)])
+@pytest.mark.parametrize("seed", range(12))
 def test_nothing_of_a_shuffled_program_is_matched_wrongly(seed: int, compiled: Compiler) -> None:
     """Functions and variables in another order, nothing else changed."""
     random = Random(seed)
