@@ -6,7 +6,7 @@ import pytest
 
 from elfdiff.errors import BadInput, NothingToPatch, Refused
 from tests.compile import Compiler
-from tests.verdict import PRELUDE, judge, program
+from tests.verdict import PRELUDE, Verdict, judge, program
 
 COMPILERS = ("gcc", "clang")
 
@@ -137,3 +137,55 @@ def test_exported_functions_that_swap_their_bodies_are_changes(name: str, compil
         "0", FIRST=(one, two), SECOND=(two, one),
     )  # fmt: skip
     assert judge(compiled, pair, link="library").safe
+
+
+def crossed(verdict: Verdict) -> set[str]:
+    """Functions of both builds to whose new code the patch leads an entry that was another function's."""
+    return {
+        name
+        for name, function in verdict.functions.items()
+        if function.old_start is not None
+        and name in verdict.old.functions
+        and verdict.old.functions[name].start != function.old_start
+    }
+
+
+TAKEN_FOR_ANOTHER = {
+    "twins named by a table only": program(
+        "static int a, b;\nBOTH\nstatic int (*const t[])(int) = {fa, fb};\n"
+        "SEPARATE int edited(int x) { return t[x](x) + STEP; }\n"
+        "SEPARATE int sets(int x) { a += x; b -= 2 * x; return a * b; }\n",
+        "edited(n) + sets(n)",
+        BOTH=(
+            "SEPARATE int fa(int x) { return a + x; }\nSEPARATE int fb(int x) { return b + x; }",
+            "SEPARATE int fb(int x) { return b + x; }\nSEPARATE int fa(int x) { return a + x; }",
+        ),
+        STEP=("1", "3"),
+    ),
+    "a shifted enumeration": program(
+        'enum e { A = 5, NEW B, C };\nSEPARATE int rep(const char *s, int k) { return printf("%d %s", k, s); }\n'
+        'SEPARATE int one(int x) { return rep("net", B); }\nSEPARATE int two(int x) { return rep("net", C); }\n',
+        "one(n) + two(n)",
+        NEW=("", "FRESH,"),
+    ),
+    "fields that change places": program(
+        'struct s { ORDER; int c; };\nSEPARATE int one(struct s *p) { puts("one"); return p->a++; }\n'
+        'SEPARATE int two(struct s *p) { puts("two"); return p->b++; }\n'
+        "SEPARATE int makes(int x) { struct s *p = calloc(3, 64); return one(p + x) + two(p); }\n",
+        "makes(n)",
+        ORDER=("int a, b", "int b, a"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN_FOR_ANOTHER)
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="new code that happens to have the old bytes of another function is matched with that one, against what the "
+    "callers' places, the table's slots and the strings say: the old entry of one function leads to the other, which "
+    "is wrong for every pointer to it that live data holds",
+)
+def test_no_entry_leads_to_another_function(name: str, compiled: Compiler) -> None:
+    verdict = judge(compiled, TAKEN_FOR_ANOTHER[name])
+    assert verdict.refused or not crossed(verdict)

@@ -143,3 +143,63 @@ def test_both_directions_have_the_same_functions(compiled: Compiler) -> None:
     old, new = (compiled(pair.sources(k)) for k in (0, 1))
     forth, back = diff(old, new, Options()), diff(new, old, Options())
     assert {(f.old_start, f.new_start) for f in forth.functions} == {(f.new_start, f.old_start) for f in back.functions}
+
+
+NUMBER = program(
+    'NEW static int a, b;\nSEPARATE int edited(int x) { a += x; puts("e"); return x ^ NUM; }\n'
+    "SEPARATE int uses(int x) { b -= x; a *= 3; return b; }\n"
+    "SEPARATE int fills(void) { EDIT; return 3; }\n",
+    "edited(n) + uses(n) + fills()",
+    NEW=("", "static int fresh[4];"),
+    EDIT=("", 'fresh[atoi("3") & 3] = 2'),
+    NUM=("1", "ADDRESS"),
+)
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="at a fixed address a number that happens to be the new address of a variable that moved is rewritten",
+)
+@pytest.mark.parametrize("variable", ["a", "b"])
+def test_a_number_that_looks_like_an_address_is_not_rewritten(variable: str, compiled: Compiler) -> None:
+    sources = [NUMBER.sources(k) for k in (0, 1)]
+    probe = {name: text.replace("ADDRESS", "0x400000") for name, text in sources[1].items()}
+    address = Truth(compiled(probe, link="no-pie", stripped=False)).objects[variable].start
+    sources[1] = {name: text.replace("ADDRESS", hex(address)) for name, text in sources[1].items()}
+    flags = ("-Wl,--emit-relocs",)
+    patch = result(*(compiled(s, *flags, link="no-pie") for s in sources))
+    if isinstance(patch, Refused):
+        return
+    assert isinstance(patch, PatchObject)
+    fields = linker_fields(compiled(sources[1], *flags, link="no-pie", stripped=False))
+    absolute = [int(r["place"]) for r in patch.relocations if r["type"] != RelocationType.PC32]
+    assert not set(absolute) - fields.keys()
+
+
+HUNTED = {
+    1009: "clang -O0: buffer[4] becomes buffer[1] in its only user; the change is left out",
+    1089: "gcc -O3: the old entry of f24 leads to the new f23, which both builds have",
+    1130: "gcc -Os: the old entry of f40 leads to the new f38, which both builds have",
+}
+"""Seeds that a long search found, of larger programs than the ones above."""
+
+
+@pytest.mark.parametrize("seed", HUNTED)
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="see HUNTED")
+def test_a_hunted_edit_is_patched_rightly_or_refused(seed: int, compiled: Compiler) -> None:
+    random = Random(seed)
+    before = random_program(random, random.choice((8, 15, 30)))
+    after, _ = random_edit(before, random, random.randrange(1, 5))
+    cc, flag = random.choice(COMPILERS), random.choice(FLAGS)
+    texts = before.text(), after.text()
+    found = result(*(compiled(t, flag, cc=cc) for t in texts))
+    old, new = (Truth(compiled(t, flag, cc=cc, stripped=False)) for t in texts)
+    if isinstance(found, Refused):
+        return
+    assert isinstance(found, PatchObject)
+    names = {s.start: s.name for s in new.symbols if s.kind == "STT_FUNC" and s.size}
+    assert not changed_functions(old, new) - {names[f.new_start] for f in found.functions}
+    for function in found.functions:
+        if function.old_start is not None and names[function.new_start] in old.functions:
+            assert old.functions[names[function.new_start]].start == function.old_start

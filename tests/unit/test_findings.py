@@ -216,3 +216,37 @@ def test_code_that_throws_or_catches_is_refused(compiled: Compiler) -> None:
         "edited(n)", STEP=("1", "3"),
     )  # fmt: skip
     assert judge(compiled, pair, "-x", "c++", "-std=gnu++17", "-fpermissive", cc="g++").refused
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="at a fixed address a table of labels in .rodata is taken for a switch table; a program that stores "
+    "labels then jumps from new data into old code. Code that loads an entry without jumping "
+    "there at once, or stores it, tells the two apart",
+)
+def test_stored_labels_are_refused_at_a_fixed_address_too(compiled: Compiler) -> None:
+    pair = program(
+        "static void *saved;\nSEPARATE int edited(int x) { static void *const labels[] = {&&a, &&b, &&c};\n"
+        "if (!saved) saved = labels[x % 3]; goto *saved;\n"
+        'a: puts("a"); x += STEP; saved = labels[1]; b: puts("b"); x *= 3; c: puts("c"); return x; }\n',
+        "edited(n)",
+        STEP=STEP,
+    )
+    assert judge(compiled, pair, link="no-pie").refused
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="a constructor whose code changed is patched without a word, though it ran long ago and does not run again",
+)
+def test_a_changed_constructor_is_reported(compiled: Compiler) -> None:
+    pair = program(
+        "static int q;\n__attribute__((constructor)) static void init(void) { q = NUM; }\n"
+        "SEPARATE int uses(int x) { q += x; return q; }\n",
+        "uses(n)",
+        NUM=("4", "5"),
+    )
+    verdict = judge(compiled, pair)
+    assert verdict.refused or verdict.warned
