@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from elfdiff.decode_x86_64 import Decoded, RefKind, decode, instruction_starts
 from elfdiff.ehframe import FdeTable, read_fde_table, scan_eh_frame
-from elfdiff.errors import Refused
+from elfdiff.errors import BadInput, Refused
 from elfdiff.image import Addresses, Image, Kind
 
 LEA = 0x8D
@@ -189,6 +189,12 @@ def _bounds(
     kinds = image.kinds(table.starts)
     mine = (kinds == Kind.TEXT) & (table.sizes > 0)
     starts, sizes, lsda = table.starts[mine], table.sizes[mine], table.has_lsda[mine]
+    if len(starts) and int((starts + sizes).max()) > base + len(raw):
+        raise BadInput(
+            f"{image.path}: .eh_frame describes code behind the end of the code",
+            why=f"a function ends at {int((starts + sizes).max()):#x}, the code at {base + len(raw):#x}",
+            next_step="the file is damaged; take it from its package again",
+        )
     gaps = _gaps(image, starts, starts + sizes, raw, decoded, base)
     all_starts = np.concatenate([starts, np.array([a for a, _ in gaps], np.int64)])
     all_ends = np.concatenate([starts + sizes, np.array([b for _, b in gaps], np.int64)])

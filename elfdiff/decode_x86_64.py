@@ -215,7 +215,9 @@ def _decode_chunk(b: Bytes, n: int, out: Decoded, where: slice) -> None:
     word = np.where((takes & IMM_Z) != 0, wide, 0)
     word += np.where((takes & IMM_V) != 0, np.where(c.rex_w, 8, np.where(c.operand16, 2, 4)), 0)
     moffs = np.where((takes & MOFFS) != 0, np.where(c.address32, 4, 8), 0)
-    relative = (flags & REL32) != 0
+    xbegin = (c.opcode == 0xC7) & (modrm == 0xF8) & ~c.operand16  # its "immediate" is a rel32
+    word = np.where(xbegin, 0, word)
+    relative = ((flags & REL32) != 0) | xbegin
     short = (flags & REL8) != 0
     small = ((takes & IMM8) != 0) + 2 * ((takes & IMM16) != 0)
     end = imm_at + word + moffs + small + 4 * relative + short

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import io
 import mmap
+import struct
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
@@ -36,6 +37,9 @@ RELA_DTYPE = np.dtype([("offset", "<u8"), ("info", "<u8"), ("addend", "<i8")])
 SYMBOL_DTYPE = np.dtype(
     [("name", "<u4"), ("info", "u1"), ("other", "u1"), ("shndx", "<u2"), ("value", "<u8"), ("size", "<u8")]
 )
+VERNEED = struct.Struct("<HHIII")  # Elf64_Verneed: version, count, file, first auxiliary, next
+VERNAUX = struct.Struct("<IHHII")  # Elf64_Vernaux: hash, flags, index, name, next
+DT_NEEDED, DT_INIT, DT_FINI = 1, 12, 13
 STT_OBJECT, STT_FUNC, STT_TLS, STT_GNU_IFUNC = 1, 2, 6, 10
 
 
@@ -224,6 +228,7 @@ class Image:
 def load_image(path: Path) -> Image:
     """Read an ELF file. Raises BadInput for what is no linked x86-64 ELF program, Refused for what we cannot judge."""
     from elftools.common.exceptions import ELFError  # noqa: PLC0415  (60 ms, needed here only)
+    from elftools.construct import ConstructError  # noqa: PLC0415
 
     try:
         with open(path, "rb") as stream:
@@ -234,7 +239,7 @@ def load_image(path: Path) -> Image:
             return _Reader(path, np.frombuffer(view, np.uint8)).image()
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}", why=str(error), next_step="name two existing ELF files") from error
-    except (ELFError, UnicodeDecodeError, AssertionError) as error:
+    except (ELFError, ConstructError, UnicodeDecodeError, AssertionError) as error:
         raise _damaged(path, str(error) or type(error).__name__) from error
 
 
@@ -268,6 +273,7 @@ class _Reader:
                 next_step="name a linked ELF program or library (a script's interpreter, not the script)",
             )
         self._check_identity(raw[:64].tobytes())
+        self._check_tables(raw[:64].tobytes())
         self.elf: ELFFile = ELFFile(io.BytesIO(raw.tobytes()))
         header = self.elf.header
         kind = header["e_type"]
@@ -289,6 +295,20 @@ class _Reader:
                 why=f"{bits} ELF for machine {machine} (x86-64 is 64-bit, machine 62)",
                 next_step="only x86-64 is supported so far",
             )
+
+    def _check_tables(self, head: bytes) -> None:
+        """The header tables lie in the file, and so does every section (gABI, ELF header)."""
+        tables = struct.unpack_from("<QQIHHHHHH", head, 0x20)
+        program, section, _, _, program_size, program_count, section_size, section_count, _ = tables
+        if program + program_size * program_count > len(self.raw) or program_size not in (0, 56):
+            raise _damaged(self.path, "its program headers lie behind its end")
+        if section + section_size * section_count > len(self.raw) or section_size not in (0, 64):
+            raise _damaged(self.path, "its section headers lie behind its end")
+        for number in range(section_count):
+            kind = struct.unpack_from("<I", self.raw[section + 64 * number :][:8].tobytes(), 4)[0]
+            offset, size = struct.unpack("<QQ", self.raw[section + 64 * number + 24 :][:16].tobytes())
+            if kind not in (0, 8) and offset + size > len(self.raw):  # SHT_NULL, SHT_NOBITS
+                raise _damaged(self.path, f"section {number} lies behind its end")
 
     def image(self) -> Image:
         segments, tls, base, memory = self._load()
@@ -410,11 +430,24 @@ class _Reader:
 
     def _versions(self) -> dict[int, str]:
         """Symbol index -> version name, for versions that other libraries provide (gABI: .gnu.version_r)."""
-        needs = self.elf.get_section_by_name(".gnu.version_r")
         table = self._array(".gnu.version", np.dtype([("index", "<u2")]))["index"]
-        if needs is None or not len(table):
-            return {}
-        names = {auxiliary["vna_other"]: auxiliary.name for _, group in needs.iter_versions() for auxiliary in group}
+        needs, strings = self._bytes(".gnu.version_r"), self._bytes(".dynstr")
+        names: dict[int, str] = {}
+        group = 0
+        while group + VERNEED.size <= len(needs):
+            _, count, _, first, following = VERNEED.unpack_from(needs, group)
+            at = group + first
+            for _ in range(count):
+                if at + VERNAUX.size > len(needs):
+                    raise _damaged(self.path, ".gnu.version_r leads behind its end")
+                _, _, index, name, step = VERNAUX.unpack_from(needs, at)
+                names[index & 0x7FFF] = _string(strings, name)
+                if not step:
+                    break
+                at += step
+            if not following:
+                break
+            group += following
         return {k: names[int(v) & 0x7FFF] for k, v in enumerate(table) if int(v) & 0x7FFF in names}
 
     def _symbols(self) -> SymbolTable:
@@ -458,18 +491,16 @@ class _Reader:
             next_step="link with -Wl,--build-id",
         )
 
-    def _dynamic(self) -> list[tuple[str, int, str]]:
-        section = self.elf.get_section_by_name(".dynamic")
-        if section is None or section.header["sh_type"] != "SHT_DYNAMIC":
-            return []
-        return [(tag.entry.d_tag, tag.entry.d_val, getattr(tag, "needed", "")) for tag in section.iter_tags()]
+    def _dynamic(self) -> NDArray[np.void]:
+        return self._array(".dynamic", np.dtype([("tag", "<i8"), ("value", "<u8")]))
 
     def _entry_points(self) -> tuple[int, ...]:
-        tags = {tag: value for tag, value, _ in self._dynamic() if tag in ("DT_INIT", "DT_FINI")}
-        return (int(self.elf.header["e_entry"]), *tags.values())
+        table = self._dynamic()
+        return (int(self.elf.header["e_entry"]), *table["value"][np.isin(table["tag"], (DT_INIT, DT_FINI))].tolist())
 
     def _needed(self) -> tuple[str, ...]:
-        return tuple(name for tag, _, name in self._dynamic() if tag == "DT_NEEDED")
+        table, strings = self._dynamic(), self._bytes(".dynstr")
+        return tuple(_string(strings, int(offset)) for offset in table["value"][table["tag"] == DT_NEEDED])
 
 
 def _string(table: bytes, offset: int) -> str:

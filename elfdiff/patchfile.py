@@ -253,7 +253,10 @@ def read_patch(path: Path) -> PatchObject:
             next_step="copy it again, or make it again: livegraft diff OLD NEW -o PATCH",
         )
     at, size = sections[".livegraft"]
-    return _decode(path, raw, json.loads(raw[at : at + size]), sections, identity.hexdigest())
+    try:
+        return _decode(path, raw, json.loads(raw[at : at + size]), sections, identity.hexdigest())
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # a right digest is no signature
+        raise _not_a_patch(path, f"its description is not of this format: {error!r}") from error
 
 
 def _not_a_patch(path: Path, why: str) -> BadInput:
