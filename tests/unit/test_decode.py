@@ -39,8 +39,7 @@ def _odd(raw: bytes) -> bool:
     """Encodings that no compiler makes, on which processors differ or capstone does not follow the SDM.
 
     66 before a near branch or ret (AMD reads 16 bits, Intel ignores it); a REX that is not the last prefix; of map 0F:
-    3DNow, ud0 and ud1 (which have a ModRM byte, SDM volume 2), moves to control registers in the memory form, SSE4a;
-    xbegin (see below).
+    3DNow, ud0 and ud1 (which have a ModRM byte, SDM volume 2), moves to control registers in the memory form, SSE4a.
     """
     at = next(k for k, byte in enumerate(raw) if byte not in LEGACY)
     sixteen = 0x66 in raw[:at]
@@ -51,14 +50,9 @@ def _odd(raw: bytes) -> bool:
     branch = 0x70 <= raw[at] <= 0x7F or 0xE0 <= raw[at] <= 0xEB or raw[at] == 0xC2
     branch |= raw[at] == 0x0F and 0x80 <= raw[at + 1] <= 0x8F
     two_byte = raw[at] == 0x0F and raw[at + 1] in ODD_TWO_BYTE
-    return misplaced or (sixteen and branch) or two_byte or raw[at : at + 2] == b"\xc7\xf8"
+    return misplaced or (sixteen and branch) or two_byte
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="xbegin rel32 (C7 /7, mod 3) is not seen as a reference; glibc's lock elision has "
-    "it, always within a function, where it does no harm",
-)
 def test_xbegin_is_a_reference() -> None:
     raw = bytes.fromhex("c7f810000000") + bytes(9)
     assert ByUs(raw).reading(0) == by_capstone(CAPSTONE, raw)

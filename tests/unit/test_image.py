@@ -156,7 +156,6 @@ def run(old: Path, new: Path) -> None:
 HEADERS = [(0, 64), (64, 64 + 56 * 13)]
 
 
-@pytest.mark.xfail(strict=False, reason="finds the defects below about every second time; remove when they are mended")
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damaged_headers_are_survived(
@@ -196,24 +195,13 @@ ESCAPES = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(n, marks=pytest.mark.xfail(strict=True, reason=f"{why} out of elftools, which is no ELFError"))
-        for n, (why, *_) in ESCAPES.items()
-    ],
-)
+@pytest.mark.parametrize("name", ESCAPES)
 def test_a_damaged_field_is_bad_input(name: str, old: Path, new: Path, tmp_path: Path) -> None:
     _, section, field, value = ESCAPES[name]
     at = field if section is None else section_header(new, section) + field
     run(old, altered(new, tmp_path, {at: value}))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="sh_info of .gnu.version_r says how many entries there are, and elftools counts "
-    "to it over the same bytes: minutes to days for a damaged file",
-)
 def test_a_count_is_not_believed_beyond_its_section(old: Path, new: Path, tmp_path: Path) -> None:
     broken = altered(new, tmp_path, {section_header(new, ".gnu.version_r") + SH_INFO: b"\xff\xff\xff\x7f"})
     run(old, broken)
@@ -239,11 +227,6 @@ def survives_damage(section: str, old: Path, new: Path, folder: Path) -> Callabl
     return damage
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="finds, now and then: OverflowError, ArrayError (construct) and AttributeError out of elftools; counts in "
-    ".gnu.version_r that are believed; IndexError in code.py for an FDE that reaches behind the code",
-)
 @pytest.mark.parametrize("section", TABLES)
 def test_damaged_tables_are_survived(section: str, old: Path, new: Path, tmp_path: Path, bounded_memory: None) -> None:
     damage = survives_damage(section, old, new, tmp_path)
