@@ -15,7 +15,6 @@ from tests.real.conftest import Pair
 pytestmark = pytest.mark.slow
 
 MAX_SHOWN = 10
-XBEGIN = b"\xc7\xf8"
 
 
 def differences(path: Path) -> tuple[int, list[str]]:
@@ -30,8 +29,6 @@ def differences(path: Path) -> tuple[int, list[str]]:
         end = 0
         for offset, theirs in all_by_capstone(capstone, raw):
             compared, end = compared + 1, offset + theirs.length
-            if raw[offset : offset + 2] == XBEGIN:
-                continue  # tests/unit/test_decode.py holds it as a known defect
             if ours.reading(low + offset) != theirs or not ours.valid(low + offset):
                 found.append(
                     f"{code.starts[function] + offset:#x} {raw[offset:end].hex()}: {ours.reading(low + offset)}"

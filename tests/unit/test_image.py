@@ -187,17 +187,17 @@ def section_header(path: Path, name: str) -> int:
 
 
 HUGE = b"\xff" * 8
-ESCAPES = {
-    "program headers far away": ("OverflowError", None, E_PHOFF, HUGE),
-    "notes far away": ("OverflowError", ".note.gnu.build-id", SH_OFFSET, HUGE),
-    "dynamic section far away": ("OverflowError", ".dynamic", SH_OFFSET, HUGE),
-    "version needs of another type": ("AttributeError: no iter_versions", ".gnu.version_r", SH_TYPE, b"\1\0\0\0"),
+DAMAGED = {
+    "program headers far away": (None, E_PHOFF, HUGE),
+    "notes far away": (".note.gnu.build-id", SH_OFFSET, HUGE),
+    "dynamic section far away": (".dynamic", SH_OFFSET, HUGE),
+    "version needs of another type": (".gnu.version_r", SH_TYPE, b"\1\0\0\0"),
 }
 
 
-@pytest.mark.parametrize("name", ESCAPES)
+@pytest.mark.parametrize("name", DAMAGED)
 def test_a_damaged_field_is_bad_input(name: str, old: Path, new: Path, tmp_path: Path) -> None:
-    _, section, field, value = ESCAPES[name]
+    section, field, value = DAMAGED[name]
     at = field if section is None else section_header(new, section) + field
     run(old, altered(new, tmp_path, {at: value}))
 
