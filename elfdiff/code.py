@@ -320,10 +320,21 @@ def _absolute_fields(
         label = (value >= starts[owner[which]]) & (value < ends[owner[which]])
         code = np.isin(value, starts) | label | (image.kinds(value) != Kind.TEXT)
         named = (value >= base) & (value <= high) & code
+        if sizes is not None:
+            named &= _may_take_address(decoded, which)
         which = which[named]
         kinds = np.full(len(which), kind, np.uint8)
         found.append((which, place[named] - which, kinds, value[named]))
     return found
+
+
+def _may_take_address(decoded: Decoded, at: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Instructions whose immediate can be an address: mov, push, add, sub, cmp; nobody masks or multiplies one."""
+    opcode, operation = decoded.opcode[at], decoded.modrm[at] >> 3 & 7
+    group = (opcode == 0x81) & np.isin(operation, (0, 5, 7))  # add, sub, cmp
+    move = ((opcode >= 0xB8) & (opcode <= 0xBF)) | (opcode == 0xC7)
+    may: NDArray[np.bool_] = group | move | np.isin(opcode, (0x68, 0x05, 0x2D, 0x3D))
+    return may
 
 
 def _int32(raw: NDArray[np.uint8], place: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from elfdiff.code import LEA, FieldKind
 from elfdiff.image import Image
 from elfdiff.patchbuild import Draft
 from elfdiff.patchobject import Finding, PatchFunction, Severity
@@ -260,6 +261,41 @@ def constructors(draft: Draft) -> Iterator[Finding]:
             )
 
 
+def changed_constructors(draft: Draft) -> Iterator[Finding]:
+    """A constructor whose code changed: it ran when the program started, and does not run again."""
+    old = draft.comparison.old.image
+    sections = [s for name in (".preinit_array", ".init_array") if (s := old.section(name))]
+    started = {old.pointer_at(place) for s in sections for place in range(s.start, s.end, 8)}
+    found = [f.name for f in draft.functions if f.old_start in started]
+    if found:
+        yield Finding(
+            "constructors",
+            Severity.REFUSE,
+            f"{len(found)} constructor(s) changed",
+            tuple(found[:MANY]),
+            "they ran when the program started, and what they set up would be otherwise now",
+            "if the running state may stay, --allow constructors",
+        )
+
+
+def ambiguous_functions(draft: Draft) -> Iterator[Finding]:
+    """A function that live data may point to, and that unchanged code takes for another one than its bytes say."""
+    old = draft.comparison.old
+    references = old.references
+    taken = (references.opcode == LEA) | (references.kind >= FieldKind.ABSOLUTE_DISPLACEMENT)
+    pointers = np.union1d(references.target[taken], old.image.relative_targets)
+    doubtful = [i for i in sorted(draft.comparison.matching.contradicted) if int(old.starts[i]) in pointers]
+    if doubtful:
+        yield Finding(
+            "ambiguous-function",
+            Severity.REFUSE,
+            f"{len(doubtful)} function(s) of the old build may be one or another function of the new one",
+            tuple(old.names[i] for i in doubtful[:MANY]),
+            "their bytes say one thing, what refers to them another; pointers to them may be stored in live data",
+            "restart the program",
+        )
+
+
 def new_imports(draft: Draft) -> Iterator[Finding]:
     """Symbols that the new code needs and the old image does not import: they must be found in the process."""
     imports = draft.resolver.imports
@@ -323,6 +359,8 @@ RULES: tuple[Rule, ...] = (
     short_entries,
     code_without_unwind,
     constructors,
+    changed_constructors,
+    ambiguous_functions,
     new_imports,
     new_variables,
 )

@@ -32,6 +32,8 @@ MIN_SIMILARITY = 0.5
 """Share of equal pairs of neighbouring opcodes below which two functions of a gap are not the same function."""
 MAX_GAP = 200
 """Functions of a gap that are compared each with each."""
+MAX_SLOTS = 4096
+"""Bytes of a pointer table whose slots vote."""
 MIN_STRING = 2
 
 
@@ -57,6 +59,7 @@ class Matching:
     old_of: NDArray[np.int64]
     how: NDArray[np.uint8]
     same: NDArray[np.bool_]
+    contradicted: frozenset[int]  # old functions that references mostly pair otherwise than they are matched
 
     def pairs(self, *, same: bool) -> NDArray[np.int64]:
         """Matched function pairs (n, 2), of equal or of different masked bytes."""
@@ -95,7 +98,7 @@ class _Matcher:
         same = np.zeros(len(self.old), np.bool_)
         for i in np.nonzero(self.new_of >= 0)[0].tolist():
             same[i] = self.plain_old[i] == self.plain_new[int(self.new_of[i])]
-        return Matching(self.new_of, self.old_of, self.how, same)
+        return Matching(self.new_of, self.old_of, self.how, same, frozenset(self._contradicted()))
 
     def _link(self, i: int, j: int, how: How) -> None:
         self.new_of[i], self.old_of[j], self.how[i] = j, i, how
@@ -201,6 +204,52 @@ class _Matcher:
                 self._link(i, j, How.REFERENCE)
         self._in_order(self.strict_old, self.strict_new)
         self._in_order(self.plain_old, self.plain_new)
+
+    def _contradicted(self) -> Iterable[int]:
+        """Functions whose match most references, or the slots of paired tables, speak against."""
+        self._vote_slots()
+        for i, votes in self.votes.items():
+            j, count = votes.most_common(1)[0]
+            if self.new_of[i] >= 0 and self.new_of[i] != j and 2 * count > votes.total():
+                yield i
+                if self.old_of[j] >= 0:
+                    yield int(self.old_of[j])
+
+    def _vote_slots(self) -> None:
+        """Pointer tables that paired references name vote for what their slots point to."""
+        left, right = paired(self.old, self.new, self._same_pairs())
+        pairs = set(
+            zip(self.old.references.target[left].tolist(), self.new.references.target[right].tolist(), strict=True)
+        )
+        changed = [(i, int(j)) for i, j in enumerate(self.new_of) if j >= 0 and self.plain_old[i] != self.plain_new[j]]
+        for i, j in changed:
+            first, second = aligned(self.old, self.new, i, j)
+            pairs.update(
+                zip(
+                    self.old.references.target[first].tolist(), self.new.references.target[second].tolist(), strict=True
+                )
+            )
+        for o, n in pairs:
+            slots = list(self._slots(o, n))
+            agreeing = sum(self.new_of[i] == j for i, j in slots)
+            permuted = {int(self.new_of[i]) for i, _ in slots} == {j for _, j in slots}
+            if 2 * agreeing >= len(slots) or permuted:  # else elements were inserted, and nothing is side by side
+                for i, j in slots:
+                    self.votes.setdefault(i, Counter())[j] += 1
+
+    def _slots(self, o: int, n: int) -> Iterable[tuple[int, int]]:
+        """Functions that the slots of two tables point to, side by side."""
+        for offset in range(0, MAX_SLOTS, 8):
+            to, tn = self.old.image.pointer_at(o + offset), self.new.image.pointer_at(n + offset)
+            if to is None or tn is None:
+                return
+            i, j = self.old.function_of(to), self.new.function_of(tn)
+            if min(i, j) >= 0 and self.old.starts[i] == to and self.new.starts[j] == tn:
+                yield i, j
+
+    def _same_pairs(self) -> NDArray[np.int64]:
+        pairs = [(i, int(j)) for i, j in enumerate(self.new_of) if j >= 0 and self.plain_old[i] == self.plain_new[j]]
+        return np.array(pairs, np.int64).reshape(-1, 2)
 
     def _keep_exports(self) -> None:
         """Exported functions are reached by name from other modules: there the name is the function."""

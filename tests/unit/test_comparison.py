@@ -178,13 +178,16 @@ TAKEN_FOR_ANOTHER = {
 }
 
 
-@pytest.mark.parametrize("name", TAKEN_FOR_ANOTHER)
-@pytest.mark.xfail(
+CROSSED = pytest.mark.xfail(
     strict=True,
     raises=AssertionError,
-    reason="new code that happens to have the old bytes of another function is matched with that one, against what the "
-    "callers' places, the table's slots and the strings say: the old entry of one function leads to the other, which "
-    "is wrong for every pointer to it that live data holds",
+    reason="new code that happens to have the old bytes of another function is matched with that one. Where a pointer to "
+    "either may be stored this is refused (ambiguous-function); here both are only called, and all callers are patched",
+)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n.startswith("twins") else CROSSED) for n in TAKEN_FOR_ANOTHER]
 )
 def test_no_entry_leads_to_another_function(name: str, compiled: Compiler) -> None:
     verdict = judge(compiled, TAKEN_FOR_ANOTHER[name])

@@ -236,11 +236,6 @@ def test_stored_labels_are_refused_at_a_fixed_address_too(compiled: Compiler) ->
     assert judge(compiled, pair, link="no-pie").refused
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="a constructor whose code changed is patched without a word, though it ran long ago and does not run again",
-)
 def test_a_changed_constructor_is_reported(compiled: Compiler) -> None:
     pair = program(
         "static int q;\n__attribute__((constructor)) static void init(void) { q = NUM; }\n"
