@@ -181,7 +181,7 @@ TAKEN_FOR_ANOTHER = {
 CROSSED = pytest.mark.xfail(
     strict=True,
     raises=AssertionError,
-    reason="new code that happens to have the old bytes of another function is matched with that one. Where a pointer to "
+    reason="new code with the old bytes of another function is matched with that one. Where a pointer to "
     "either may be stored this is refused (ambiguous-function); here both are only called, and all callers are patched",
 )
 
