@@ -12,7 +12,7 @@ from elfdiff.code import Code, load_code
 from elfdiff.comparison import Comparison, changed_functions, compare
 from elfdiff.errors import BadInput, NothingToPatch, Refused
 from elfdiff.findings import find
-from elfdiff.image import load_image
+from elfdiff.imagefile import load_image
 from elfdiff.patchbuild import build, draft
 from elfdiff.patchobject import PatchObject, Severity
 

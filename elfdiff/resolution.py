@@ -15,7 +15,7 @@ import numpy as np
 
 from elfdiff.code import LEA, FieldKind
 from elfdiff.comparison import Comparison
-from elfdiff.image import Addresses, Kind, Slot
+from elfdiff.image import R_X86_64_64, R_X86_64_IRELATIVE, SYMBOL_VALUES, Addresses, Kind, Slot
 from elfdiff.patchobject import FIRST_IMPORT, OLD_IMAGE, PATCH_IMAGE, Import
 from elfdiff.variables import NewVariable, OldVariable, Variables
 
@@ -274,7 +274,7 @@ class Resolver:
                 return name
             if name in self._old_slots:
                 return Place(OLD_IMAGE, self._old_slots[name])
-            if not slot.symbol or slot.type not in (1, 6, 7):
+            if not slot.symbol or slot.type not in SYMBOL_VALUES:
                 return "a slot of thread-local storage or an indirect function without counterpart"
             self.owned.slots[target] = self._import(slot)
             return Place(PATCH_IMAGE, target)
@@ -292,13 +292,13 @@ class Resolver:
         wanted = Import(slot.symbol, slot.version)
         if wanted not in self.imports:
             self.imports.append(wanted)
-        return Place(FIRST_IMPORT + self.imports.index(wanted), slot.addend if slot.type == 1 else 0)
+        return Place(FIRST_IMPORT + self.imports.index(wanted), slot.addend if slot.type == R_X86_64_64 else 0)
 
     def _slot_key(self, slot: Slot) -> tuple[bool, str, str, int] | str:
         """(is thread-local, symbol, version, addend in old addresses) that names a slot in both builds."""
-        thread_local = slot.type not in (1, 6, 7, 37)
+        thread_local = slot.type not in (*SYMBOL_VALUES, R_X86_64_IRELATIVE)
         addend = slot.addend
-        if slot.type == 37:  # R_X86_64_IRELATIVE: the addend is the resolver
+        if slot.type == R_X86_64_IRELATIVE:  # the addend is the resolver
             function = self.new.function_of(addend)
             old_entry = self.comparison.old_entry(function) if function >= 0 else None
             if old_entry is None:
@@ -312,13 +312,16 @@ class Resolver:
         for stub, address in image.plt.items():
             slot = image.slots.get(address)
             if slot is not None:
-                found.setdefault((slot.type not in (1, 6, 7, 37), slot.symbol, slot.version, slot.addend), stub)
+                found.setdefault(
+                    (slot.type not in (*SYMBOL_VALUES, R_X86_64_IRELATIVE), slot.symbol, slot.version, slot.addend),
+                    stub,
+                )
         return found
 
     def _slots_by_name(self) -> dict[tuple[bool, str, str, int], int]:
         image = self.old.image
         return {
-            (slot.type not in (1, 6, 7, 37), slot.symbol, slot.version, slot.addend): address
+            (slot.type not in (*SYMBOL_VALUES, R_X86_64_IRELATIVE), slot.symbol, slot.version, slot.addend): address
             for address, slot in image.slots.items()
             if image.section_at(address) is not None
         }

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from elfdiff.code import load_code
-from elfdiff.image import load_image
+from elfdiff.imagefile import load_image
 from tests.decoderoracle import ByUs, all_by_capstone, disassembler
 from tests.real.conftest import Pair
 

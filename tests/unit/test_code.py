@@ -9,7 +9,7 @@ import pytest
 from elftools.elf.elffile import ELFFile
 
 from elfdiff.code import Code, FieldKind, load_code
-from elfdiff.image import load_image
+from elfdiff.imagefile import load_image
 from fixtures.build import KV_SOURCES
 from tests.compile import LINKS, Compiler
 
