@@ -86,12 +86,18 @@ class Order:
         return left, right
 
     def fits(self, old: int, new: int) -> bool:
-        """False when the variables on both sides moved alike and this one would not have."""
+        """False when the variables on both sides moved alike and this one would not have, without need.
+
+        Where something else lies at the place that it would have moved to, it had to go elsewhere: clang orders
+        variables by their first use.
+        """
         left, right = self.around(new)
         if left is None or right is None:
             return True
         shift = self.mapped[left] - left
-        return self.mapped[right] - right != shift or old - new == shift
+        if self.mapped[right] - right != shift or old - new == shift:
+            return True
+        return self.mapped.get(old - shift, old) != old
 
 
 def learn(old: Code, new: Code, matching: Matching, alike: NDArray[np.int64]) -> AddressMap:

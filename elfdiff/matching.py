@@ -235,7 +235,8 @@ class _Matcher:
             permuted = {int(self.new_of[i]) for i, _ in slots} == {j for _, j in slots}
             if 2 * agreeing >= len(slots) or permuted:  # else elements were inserted, and nothing is side by side
                 for i, j in slots:
-                    self.votes.setdefault(i, Counter())[j] += 1
+                    if self.how[i] in (How.ORDER, How.SIMILAR):  # what is unique by its bytes was moved in the table
+                        self.votes.setdefault(i, Counter())[j] += 1
 
     def _slots(self, o: int, n: int) -> Iterable[tuple[int, int]]:
         """Functions that the slots of two tables point to, side by side."""

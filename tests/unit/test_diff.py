@@ -80,7 +80,8 @@ def test_each_field_is_one_that_the_linker_relocated_and_leads_where_it_led(
     patch = result(*seen)
     if isinstance(patch, LivegraftError):
         assert isinstance(patch, Refused)
-        pytest.skip(f"refused: {patch.why}")
+        assert (link, cc) == ("no-pie", "clang"), "refused where it need not be"
+        return
     old, new = map(Truth, named)
     fields = linker_fields(named[1])
     for row in patch.relocations:
