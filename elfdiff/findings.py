@@ -20,6 +20,7 @@ ENTRY_JUMP_SIZE = 5
 """Bytes of a ``jmp rel32``."""
 MIN_LAYOUT_FUNCTIONS = 2
 """So many functions with the same shift are a changed layout; so many shifted fields in one function as well."""
+STACK_SWITCHERS = frozenset(("makecontext", "swapcontext", "setcontext"))
 MANY = 12
 """Places that one finding names."""
 
@@ -296,6 +297,20 @@ def ambiguous_functions(draft: Draft) -> Iterator[Finding]:
         )
 
 
+def coroutines(draft: Draft) -> Iterator[Finding]:
+    """A program that switches stacks: one that no thread runs on may hold a frame of a changed function."""
+    switching = {slot.symbol for slot in draft.comparison.old.image.slots.values()} & STACK_SWITCHERS
+    if switching:
+        yield Finding(
+            "coroutines",
+            Severity.REFUSE,
+            "the program switches between stacks of its own",
+            tuple(sorted(switching)),
+            "a stack that no thread runs on just now may return into a changed function, and is not looked at",
+            "if no changed function switches stacks, nor calls what does, --allow coroutines",
+        )
+
+
 def new_imports(draft: Draft) -> Iterator[Finding]:
     """Symbols that the new code needs and the old image does not import: they must be found in the process."""
     imports = draft.resolver.imports
@@ -361,6 +376,7 @@ RULES: tuple[Rule, ...] = (
     constructors,
     changed_constructors,
     ambiguous_functions,
+    coroutines,
     new_imports,
     new_variables,
 )

@@ -245,3 +245,15 @@ def test_a_changed_constructor_is_reported(compiled: Compiler) -> None:
     )
     verdict = judge(compiled, pair)
     assert verdict.refused or verdict.warned
+
+
+def test_a_program_that_switches_stacks_is_refused_and_can_be_allowed(compiled: Compiler) -> None:
+    pair = program(
+        "#include <ucontext.h>\nstatic ucontext_t here, there;\n"
+        "SEPARATE int edited(int x) { puts(\"e\"); return x * STEP; }\n"
+        "SEPARATE int switches(int x) { swapcontext(&here, &there); return x; }\n",
+        "edited(n) + switches(n)",
+        STEP=("3", "5"),
+    )
+    assert judge(compiled, pair).refused == {"coroutines"}
+    assert judge(compiled, pair, allow=("coroutines",)).warned == {"coroutines"}
