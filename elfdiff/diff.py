@@ -17,7 +17,10 @@ from elfdiff.patchbuild import build, draft
 from elfdiff.patchobject import PatchObject, Severity
 
 MIN_MATCHED = 0.4
-"""Share of the smaller build's code that must be matched; below it these are two different programs."""
+"""Share of the larger build's code that must be matched; below it these are two different programs.
+
+The larger one's, since programs of one package share a library of their own (ls and cat).
+"""
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,12 @@ def diff(old_path: Path, new_path: Path, options: Options) -> PatchObject:
 def _same_program(comparison: Comparison, old: Code, new: Code) -> None:
     sizes = old.ends - old.starts
     matched = int(sizes[comparison.matching.new_of >= 0].sum())
-    smaller = min(int(sizes.sum()), int((new.ends - new.starts).sum()))
-    if matched < MIN_MATCHED * smaller:
-        share = 100 * matched // max(1, smaller)
+    larger = max(int(sizes.sum()), int((new.ends - new.starts).sum()))
+    if matched < MIN_MATCHED * larger:
+        share = 100 * matched // max(1, larger)
         raise BadInput(
             f"{old.image.path} and {new.image.path} are two different programs",
-            why=f"only {share} % of the code of the smaller one is found in the other",
+            why=f"only {share} % of the code of the larger one is found in the other",
             next_step="name two builds of the same program",
         )
 

@@ -29,7 +29,15 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     )
 
 
-LIFTABLE = ("allocation-size", "constructors", "coroutines", "exceptions", "initial-value", "label-table", "struct-layout")
+LIFTABLE = (
+    "allocation-size",
+    "constructors",
+    "coroutines",
+    "exceptions",
+    "initial-value",
+    "label-table",
+    "struct-layout",
+)
 """Findings about which a maintainer can know better than the files tell."""
 
 

@@ -204,3 +204,10 @@ def test_a_hunted_edit_is_patched_rightly_or_refused(seed: int, compiled: Compil
     for function in found.functions:
         if function.old_start is not None and names[function.new_start] in old.functions:
             assert old.functions[names[function.new_start]].start == function.old_start
+
+
+def test_programs_of_one_package_are_two_programs() -> None:
+    """ls and cat share a library that is linked into both."""
+    with pytest.raises(BadInput) as caught:
+        diff(Path("/bin/ls"), Path("/bin/cat"), Options())
+    assert "two different programs" in caught.value.what
