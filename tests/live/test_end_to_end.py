@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,10 @@ def interrupted(daemon: Daemon) -> str:
         return client.ask("STATS").split()[2]
 
 
-@pytest.mark.parametrize("variant", matrix(), ids=lambda variant: variant.name)
+EVERY_BUILD = [replace(variant, stripped=stripped) for variant in matrix() for stripped in (True, False)]
+
+
+@pytest.mark.parametrize("variant", EVERY_BUILD, ids=lambda variant: variant.name)
 def test_a_fix_comes_and_goes_under_load(
     variant: Variant, kv: Kv, livegraft: Livegraft, tmp_path: Path
 ) -> None:
