@@ -17,7 +17,7 @@ from .memory import Memory
 from .modules import Module, modules
 from .proc import Mapping, mapping_over, mappings, status
 from .record import MEMFD_PATH, DamagedRecord, Record, find_records, permissions, segment_digest
-from .tracees import require_traceable
+from .tracees import require_main_thread, require_traceable
 
 # Not the file that a single remote call locks: this lock is held around many of them.
 _LOCK = "auxv"
@@ -50,6 +50,7 @@ def open_target(pid: int) -> Iterator[Memory]:
     trace, traced already), Busy (another livegraft is at work on it).
     """
     found = require_traceable(pid)
+    require_main_thread(found)
     if found.tracer_pid:
         raise _traced(pid, found.name, found.tracer_pid)
     with exclusive(pid, _LOCK), Memory(pid) as memory:

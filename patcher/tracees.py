@@ -18,7 +18,7 @@ from enum import Enum
 
 from ptrace.ctypes_libc import libc
 
-from elfdiff.errors import BadInput, LivegraftError, NotPermitted
+from elfdiff.errors import BadInput, LivegraftError, NotPermitted, Refused
 
 from . import ptrace
 from .proc import ProcessStatus, status
@@ -222,6 +222,20 @@ def require_traceable(pid: int) -> ProcessStatus:
             f"process {pid} cannot be patched", why=problem, next_step="give the pid of another process"
         )
     return found
+
+
+def require_main_thread(found: ProcessStatus) -> None:
+    """Refuse a process whose main thread has ended before the others.
+
+    The kernel releases a thread's address space when it ends, and ``/proc/PID/mem`` and ``/proc/PID/maps`` are the
+    main thread's (proc(5)). Raises Refused.
+    """
+    if found.zombie:
+        raise Refused(
+            f"the main thread of process {found.pid} ({found.name}) has ended, though others live",
+            why="its memory and mappings cannot be looked at by way of the main thread",
+            next_step="restart the program",
+        )
 
 
 def _not_a_target(pid: int, found: ProcessStatus) -> str:
