@@ -3,8 +3,8 @@
 A stripped file does not say how long an object is. What is known is where objects begin: at the addresses that
 code and pointer slots name. So data is compared in *segments*, from a pinned address to the next address that
 both builds name, or that either build pins elsewhere. A difference is blamed on the segment's first address and,
-since a table's later elements may be read through its first address, on the segments before it, back to one that
-is closed: a string that fills its segment, or a number that is only ever loaded by itself.
+since a table's later elements may be read through its first address, on the segments before it, back to a barrier
+(``Barrier``): a string that fills its segment, or a switch table.
 """
 
 from __future__ import annotations

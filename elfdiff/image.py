@@ -36,7 +36,7 @@ RELA_DTYPE = np.dtype([("offset", "<u8"), ("info", "<u8"), ("addend", "<i8")])
 SYMBOL_DTYPE = np.dtype(
     [("name", "<u4"), ("info", "u1"), ("other", "u1"), ("shndx", "<u2"), ("value", "<u8"), ("size", "<u8")]
 )
-STT_OBJECT, STT_FUNC, STT_TLS, STT_GNU_IFUNC = 1, 2, 6, 10
+STT_OBJECT, STT_FUNC, STT_GNU_IFUNC = 1, 2, 10
 
 
 class Kind(IntEnum):
@@ -126,7 +126,6 @@ class Image:
     symbols: SymbolTable = field(repr=False)
     exports: dict[str, int] = field(repr=False)  # what other modules reach by name: defined dynamic symbols
     copies: frozenset[int]  # variables of libraries that the dynamic linker copies into the program
-    entry_points: tuple[int, ...]  # e_entry, DT_INIT, DT_FINI
     needed: tuple[str, ...]
 
     @cached_property

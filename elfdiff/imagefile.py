@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 VERNEED = struct.Struct("<HHIII")  # Elf64_Verneed: version, count, file, first auxiliary, next
 VERNAUX = struct.Struct("<IHHII")  # Elf64_Vernaux: hash, flags, index, name, next
-DT_NEEDED, DT_INIT, DT_FINI = 1, 12, 13
+DT_NEEDED = 1
 
 
 def load_image(path: Path) -> Image:
@@ -158,7 +158,6 @@ class _Reader:
             symbols=self._symbols(),
             exports=self._exports(),
             copies=frozenset(place for place, slot in slots.items() if slot.type == R_X86_64_COPY),
-            entry_points=self._entry_points(),
             needed=self._needed(),
         )
 
@@ -306,15 +305,9 @@ class _Reader:
             next_step="link with -Wl,--build-id",
         )
 
-    def _dynamic(self) -> NDArray[np.void]:
-        return self._array(".dynamic", np.dtype([("tag", "<i8"), ("value", "<u8")]))
-
-    def _entry_points(self) -> tuple[int, ...]:
-        table = self._dynamic()
-        return (int(self.elf.header["e_entry"]), *table["value"][np.isin(table["tag"], (DT_INIT, DT_FINI))].tolist())
-
     def _needed(self) -> tuple[str, ...]:
-        table, strings = self._dynamic(), self._bytes(".dynstr")
+        table = self._array(".dynamic", np.dtype([("tag", "<i8"), ("value", "<u8")]))
+        strings = self._bytes(".dynstr")
         return tuple(_string(strings, int(offset)) for offset in table["value"][table["tag"] == DT_NEEDED])
 
 

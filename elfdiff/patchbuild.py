@@ -15,7 +15,6 @@ from elfdiff.comparison import Comparison
 from elfdiff.image import PAGE, Image, Kind
 from elfdiff.layout_x86_64 import LayoutTraces, layout_traces
 from elfdiff.patchobject import (
-    OLD_IMAGE,
     PATCH_IMAGE,
     RELOCATION_DTYPE,
     Build,
@@ -133,7 +132,7 @@ def _functions(
         default = Reason.NEW if i < 0 else Reason.CLOSURE
         found.append(
             PatchFunction(
-                name=_name(new, j) if i < 0 else _name(old, i),
+                name=new.names[j] if i < 0 else old.names[i],
                 reason=reasons.get(j, default),
                 new_start=int(new.starts[j]),
                 new_size=new.size(j),
@@ -143,10 +142,6 @@ def _functions(
             )
         )
     return tuple(found)
-
-
-def _name(code: Code, function: int) -> str:
-    return code.names[function]
 
 
 def _entered(old: Code, patched: NDArray[np.int64]) -> set[int]:
@@ -184,11 +179,11 @@ def build(result: Draft, findings: tuple[Finding, ...]) -> PatchObject:
         checked=_checked(result),
         findings=findings,
         removed=tuple(
-            RemovedFunction(_name(comparison.old, i), int(comparison.old.starts[i]), comparison.old.size(i))
+            RemovedFunction(comparison.old.names[i], int(comparison.old.starts[i]), comparison.old.size(i))
             for i in comparison.removed
         ),
         line_only=tuple(
-            LineOnly(_name(comparison.old, i), int(comparison.old.starts[i]), int(comparison.new.starts[j]))
+            LineOnly(comparison.old.names[i], int(comparison.old.starts[i]), int(comparison.new.starts[j]))
             for i, j in comparison.line_only
         ),
         eh_frame_hdr=new.eh_frame_hdr,
@@ -206,7 +201,7 @@ def _checked(result: Draft) -> tuple[CheckedRange, ...]:
     for address in result.resolver.used_code:
         function = old.function_of(address)
         if function >= 0:
-            ranges.setdefault(address, (_name(old, function), old.size(function)))
+            ranges.setdefault(address, (old.names[function], old.size(function)))
         else:
             slot = old.image.slots.get(old.image.plt.get(address, 0))
             ranges.setdefault(address, (f"{slot.symbol if slot else hex(address)}@plt", STUB_SIZE))
@@ -264,8 +259,3 @@ def _segment(image: Image, keep: NDArray[np.bool_], low: int, high: int, flags: 
         content[code & ~keep[low - image.base : high - image.base]] = INT3
     data = content.tobytes().rstrip(b"\0")
     return Segment(vaddr=low, size=high - low, flags=flags, data=data)
-
-
-def old_image_relocations(patch: PatchObject) -> int:
-    """How many fields lead into the old image."""
-    return int((patch.relocations["symbol"] == OLD_IMAGE).sum())
