@@ -1,0 +1,43 @@
+"""Reasons to refuse or to warn: one function a hazard (D6).
+
+To add a hazard, write a function that yields findings from a draft, in the file of its theme, and add it to ``RULES``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from elfdiff.findings import addresses, entries, exceptions, layout, startup
+from elfdiff.patchbuild import Draft
+from elfdiff.patchobject import Finding, Severity
+
+Rule = Callable[[Draft], Iterator[Finding]]
+
+
+def find(draft: Draft, allowed: frozenset[str]) -> tuple[Finding, ...]:
+    """All findings on a draft; the codes in ``allowed`` warn where they would refuse."""
+    found = [finding for rule in RULES for finding in rule(draft)]
+    return tuple(
+        replace(f, severity=Severity.WARN, lift="lifted by --allow") if f.code in allowed else f for f in found
+    )
+
+
+RULES: tuple[Rule, ...] = (
+    addresses.unbound_references,
+    addresses.guessed_addresses,
+    layout.struct_layout,
+    layout.allocation_sizes,
+    exceptions.exceptions,
+    entries.label_tables,
+    addresses.initial_values,
+    layout.tls_layout,
+    entries.short_entries,
+    entries.code_without_unwind,
+    startup.constructors,
+    startup.changed_constructors,
+    addresses.ambiguous_functions,
+    entries.coroutines,
+    startup.new_imports,
+    addresses.new_variables,
+)

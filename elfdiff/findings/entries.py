@@ -1,0 +1,101 @@
+"""Code that cannot be redirected, or of which a thread or stored data may hold what the patch cannot reach."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from elfdiff.findings.places import MANY, where
+from elfdiff.patchbuild import Draft
+from elfdiff.patchobject import Finding, PatchFunction, Severity
+
+ENTRY_JUMP_SIZE = 5
+"""Bytes of a ``jmp rel32``."""
+STACK_SWITCHERS = frozenset(("makecontext", "swapcontext", "setcontext"))
+
+
+def short_entries(draft: Draft) -> Iterator[Finding]:
+    """An old function with no room for the entry jump."""
+    old = draft.comparison.old
+    places = []
+    for function in draft.functions:
+        short = function.entry_jump and (function.old_size or 0) < ENTRY_JUMP_SIZE
+        if short and not _padded(draft, function):
+            places.append(f"{function.name} ({function.old_size} bytes at {function.old_start or 0:#x})")
+    if places:
+        yield Finding(
+            "short-function",
+            Severity.REFUSE,
+            f"{len(places)} function(s) of {old.image.name} are shorter than the entry jump",
+            tuple(places[:MANY]),
+            "the jump would overwrite the function behind",
+            "restart the program",
+        )
+
+
+def _padded(draft: Draft, function: PatchFunction) -> bool:
+    """The bytes behind a short function up to the jump's end are padding that nothing names."""
+    old = draft.comparison.old
+    assert function.old_start is not None and function.old_size is not None
+    end, need = function.old_start + function.old_size, function.old_start + ENTRY_JUMP_SIZE
+    named = old.referenced
+    first, last = np.searchsorted(named, [end, need])
+    at = end - old.base
+    offset = 0
+    while end + offset < need:
+        opcode = int(old.decoded.opcode[at + offset])
+        if opcode not in (0x90, 0xCC, 0x11F) or old.function_of(end + offset) >= 0:
+            return False
+        offset += int(old.decoded.length[at + offset])
+    return int(first) == int(last)
+
+
+def code_without_unwind(draft: Draft) -> Iterator[Finding]:
+    """Changed code whose bounds or instructions are not certain."""
+    code = draft.comparison.new
+    places = []
+    for function in draft.functions:
+        j = code.function_of(function.new_start)
+        i = draft.comparison.old.function_of(function.old_start) if function.old_start is not None else -1
+        uncertain = not (code.has_unwind[j] and code.sound[j])
+        uncertain |= i >= 0 and not (draft.comparison.old.has_unwind[i] and draft.comparison.old.sound[i])
+        if uncertain:
+            places.append(function.name)
+    if places:
+        yield Finding(
+            "no-unwind",
+            Severity.REFUSE,
+            f"{len(places)} changed stretch(es) of code have no unwind information or hold data",
+            tuple(places[:MANY]),
+            "neither their bounds nor whether a thread is in them can be told",
+            "restart the program",
+        )
+
+
+def label_tables(draft: Draft) -> Iterator[Finding]:
+    """Tables of labels (computed goto) of a changed function: old labels may be stored in live data."""
+    tables = draft.resolver.label_tables
+    if tables:
+        yield Finding(
+            "label-table",
+            Severity.REFUSE,
+            f"{len(tables)} table(s) of code labels belong to changed functions",
+            tuple(where(draft.comparison.new.image, t) for t in sorted(tables)[:MANY]),
+            "if the program stores label addresses (direct threaded code), stored ones lead into the old code",
+            "if labels are only jumped to and never stored, --allow label-table",
+        )
+
+
+def coroutines(draft: Draft) -> Iterator[Finding]:
+    """A program that switches stacks: one that no thread runs on may hold a frame of a changed function."""
+    switching = {slot.symbol for slot in draft.comparison.old.image.slots.values()} & STACK_SWITCHERS
+    if switching:
+        yield Finding(
+            "coroutines",
+            Severity.REFUSE,
+            "the program switches between stacks of its own",
+            tuple(sorted(switching)),
+            "a stack that no thread runs on just now may return into a changed function, and is not looked at",
+            "if no changed function switches stacks, nor calls what does, --allow coroutines",
+        )

@@ -1,0 +1,85 @@
+"""Structures and thread-local storage that have another layout, as the code shows it."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+
+from elfdiff.findings.places import MANY
+from elfdiff.patchbuild import Draft
+from elfdiff.patchobject import Finding, Severity
+
+MIN_LAYOUT_FUNCTIONS = 2
+"""So many functions with the same shift are a changed layout; so many shifted fields in one function as well."""
+
+
+def struct_layout(draft: Draft) -> Iterator[Finding]:
+    """Fields that moved by the same distance, or alone in a function that differs in nothing else."""
+    names = draft.comparison.new.names
+    functions: dict[int, set[int]] = defaultdict(set)
+    fields: dict[int, Counter[tuple[int, int]]] = defaultdict(Counter)
+    certain: set[int] = set()
+    for trace in draft.traces:
+        for old, new in trace.fields:
+            functions[new - old].add(trace.function)
+            fields[new - old][old, new] += 1
+            if trace.only:
+                certain.add(new - old)
+    for delta, where in sorted(functions.items()):
+        refuse = delta in certain or max(len(where), len(fields[delta])) >= MIN_LAYOUT_FUNCTIONS
+        shown = ", ".join(f"{a:#x}->{b:#x}" for (a, b), _ in fields[delta].most_common(4))
+        yield Finding(
+            "struct-layout",
+            Severity.REFUSE if refuse else Severity.WARN,
+            f"fields moved by {delta:+d} bytes in {len(where)} function(s): {shown}",
+            tuple(names[j] for j in sorted(where)[:MANY]),
+            "a structure seems to have changed its layout; objects that exist already have the old one",
+            "restart the program, or show by the sources that no structure changed and --allow struct-layout",
+        )
+
+
+def allocation_sizes(draft: Draft) -> Iterator[Finding]:
+    """A constant size given to an allocator changed: a structure may have grown at its end."""
+    found = [(trace.function, sizes) for trace in draft.traces for sizes in trace.sizes]
+    if found:
+        yield Finding(
+            "allocation-size",
+            Severity.REFUSE,
+            f"{len(found)} constant size(s) given to an allocator differ: "
+            + ", ".join(f"{a} -> {b}" for _, (a, b) in found[:4]),
+            tuple(sorted({draft.comparison.new.names[j] for j, _ in found}))[:MANY],
+            "objects that exist already have the old size, and the new code may reach beyond it",
+            "restart the program, or --allow allocation-size if no existing object is concerned",
+        )
+
+
+def tls_layout(draft: Draft) -> Iterator[Finding]:
+    """Thread-local storage of another size or with other initial values."""
+    old, new = draft.comparison.old.image, draft.comparison.new.image
+    if old.tls is None and new.tls is None:
+        return
+    shifts = [(trace.function, shift) for trace in draft.traces for shift in trace.thread_local]
+    if shifts:
+        yield Finding(
+            "tls-layout",
+            Severity.REFUSE,
+            f"thread-local variables moved in {len({j for j, _ in shifts})} function(s)",
+            tuple(sorted({draft.comparison.new.names[j] for j, _ in shifts}))[:MANY],
+            "the threads that run have blocks of the old layout",
+            "restart the program",
+        )
+    same_shape = (
+        old.tls is not None
+        and new.tls is not None
+        and (old.tls.memsz, old.tls.filesz, old.tls.align) == (new.tls.memsz, new.tls.filesz, new.tls.align)
+        and old.read(old.tls.vaddr, old.tls.filesz) == new.read(new.tls.vaddr, new.tls.filesz)
+    )
+    if not same_shape:
+        yield Finding(
+            "tls-layout",
+            Severity.REFUSE,
+            "thread-local storage has another layout or other initial values",
+            (f"old: {old.tls}", f"new: {new.tls}"),
+            "the threads that run have blocks of the old layout",
+            "restart the program",
+        )

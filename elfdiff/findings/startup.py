@@ -1,0 +1,66 @@
+"""What happens when a program starts, and therefore does not happen to one that runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from elfdiff.findings.places import MANY
+from elfdiff.patchbuild import Draft
+from elfdiff.patchobject import Finding, Severity
+
+
+def constructors(draft: Draft) -> Iterator[Finding]:
+    """Constructors or destructors that the new build has and the running program never ran."""
+    old, new = draft.comparison.old.image, draft.comparison.new.image
+    for name in (".preinit_array", ".init_array", ".fini_array"):
+        sizes = [s.end - s.start if s else 0 for s in (old.section(name), new.section(name))]
+        if sizes[0] != sizes[1]:
+            yield Finding(
+                "constructors",
+                Severity.REFUSE,
+                f"{name} has {sizes[1] // 8} entries where the old build has {sizes[0] // 8}",
+                (name,),
+                "a constructor of the new build would have run at the start of the program",
+                "restart the program",
+            )
+
+
+def changed_constructors(draft: Draft) -> Iterator[Finding]:
+    """A constructor whose code changed: it ran when the program started, and does not run again."""
+    old = draft.comparison.old.image
+    sections = [s for name in (".preinit_array", ".init_array") if (s := old.section(name))]
+    started = {old.pointer_at(place) for s in sections for place in range(s.start, s.end, 8)}
+    found = [f.name for f in draft.functions if f.old_start in started]
+    if found:
+        yield Finding(
+            "constructors",
+            Severity.REFUSE,
+            f"{len(found)} constructor(s) changed",
+            tuple(found[:MANY]),
+            "they ran when the program started, and what they set up would be otherwise now",
+            "if the running state may stay, --allow constructors",
+        )
+
+
+def new_imports(draft: Draft) -> Iterator[Finding]:
+    """Symbols that the new code needs and the old image does not import: they must be found in the process."""
+    imports = draft.resolver.imports
+    missing = set(draft.comparison.new.image.needed) - set(draft.comparison.old.image.needed)
+    if missing:
+        yield Finding(
+            "new-library",
+            Severity.REFUSE,
+            f"the new build needs {len(missing)} more librar(ies)",
+            tuple(sorted(missing)),
+            "the running program has not loaded them",
+            "restart the program",
+        )
+    if imports:
+        yield Finding(
+            "new-import",
+            Severity.WARN,
+            f"{len(imports)} import(s) that the old build does not have",
+            tuple(f"{i.name}@{i.version}" if i.version else i.name for i in imports[:MANY]),
+            "they are bound when the patch is applied, and refused if no loaded library has them",
+            "nothing to do",
+        )
