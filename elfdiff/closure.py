@@ -46,6 +46,9 @@ def _edges(code: Code, tables: dict[int, JumpTable]) -> set[tuple[int, int]]:
     inside = (other >= 0) & (code.starts[np.clip(other, 0, None)] != references.target[rows])
     # A short branch cannot be made to reach the old image, so even its target's entry must come along.
     inside |= (other >= 0) & (references.kind[rows] == FieldKind.SHORT)
+    # A table among the code branches nowhere, and who reads it is no part of it.
+    inside &= ~code.may_be_data[references.function[rows]]
+    inside &= ~(code.may_be_data[np.clip(other, 0, None)] & (references.kind[rows] == FieldKind.MEMORY))
     edges = set(zip(references.function[rows[inside]].tolist(), other[inside].tolist(), strict=True))
     for table in tables.values():
         for function in np.unique(code.function_at(table.targets)).tolist():

@@ -124,10 +124,31 @@ class Code:
 
     @cached_property
     def referenced(self) -> Addresses:
-        """Every address that code or a pointer slot of the image names, sorted, without repetition."""
-        return np.unique(
-            np.concatenate([self.references.target[~self.references.internal], self.image.relative_targets])
-        )
+        """Every address that code or a pointer slot of the image names or that it exports, sorted, no repetition."""
+        exported = np.array(list(self.image.exports.values()), np.int64)
+        named = self.references.target[~self.references.internal]
+        return np.unique(np.concatenate([named, self.image.relative_targets, exported]))
+
+    @cached_property
+    def may_be_data(self) -> NDArray[np.bool_]:
+        """Per function: no FDE covers it, and as code it is broken or leads where no instruction begins.
+
+        Assemblers put tables in .text (perlasm), and those decode as anything.
+        """
+        references = self.references
+        broken = (self.image.kinds(references.target) == Kind.TEXT) & ~self.instruction_at(references.target)
+        found = ~self.sound
+        found[np.unique(references.function[broken])] = True
+        return found & ~self.has_unwind
+
+    def between_functions(self, address: int) -> bytes | None:
+        """What lies from an address of the code to the next function; None inside of functions."""
+        index = bisect.bisect_right(self._start_list, address)
+        section = self.image.section_at(address)
+        if section is None or section.kind is not Kind.TEXT or self.function_of(address) >= 0:
+            return None
+        end = min(section.end, self._start_list[index]) if index < len(self._start_list) else section.end
+        return self.image.read(address, end - address)
 
     @cached_property
     def named_by_unwound(self) -> frozenset[int]:

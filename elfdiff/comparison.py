@@ -103,12 +103,24 @@ class _Judge:
         differs = np.array([v is not None for v in verdicts], np.bool_)[inverse.ravel()]
         found: dict[int, Reason] = {}
         data = np.isin(self.new.image.kinds(pins.new), NAMED_BY_STARTUP)
-        differs &= ~data | self.old.has_unwind[self.old.references.function[pins.left]]
+        unwound = self.old.has_unwind[self.old.references.function[pins.left]]
+        differs &= unwound | ~(data | self._may_be_data())
         for index in np.nonzero(differs)[0].tolist():
             reason = verdicts[int(inverse.ravel()[index])]
             assert reason is not None
             found.setdefault(int(self.new.references.function[pins.right[index]]), reason)
         return found
+
+    def _may_be_data(self) -> NDArray[np.bool_]:
+        """Pinned references of equal bytes into the middle of other code: what no FDE covers may be a table.
+
+        Assemblers' tables lie in .text (perlasm) and decode as anything; the same bytes are then the same data. A
+        changed callee of real code would be the start of a function.
+        """
+        pins, old, new = self.addresses.pins, self.old.references, self.new.references
+        entered = np.isin(pins.old, self.old.starts) | np.isin(pins.new, self.new.starts)
+        equal: NDArray[np.bool_] = pins.old - old.end[pins.left] == pins.new - new.end[pins.right]
+        return equal & ~entered & (self.old.image.kinds(pins.old) == Kind.TEXT)
 
     def verdict(self, o: int, n: int) -> Reason | None:
         """None when an old and a new address name the same thing, else why not."""
@@ -142,7 +154,9 @@ class _Judge:
 
     def _same_code(self, o: int, n: int) -> bool:
         i, j = self.old.function_of(o), self.new.function_of(n)
-        if i < 0 or j < 0 or self.matching.new_of[i] != j:
+        if i < 0 or j < 0:
+            return self.old.between_functions(o) == self.new.between_functions(n) is not None
+        if self.matching.new_of[i] != j:
             return False
         into_old, into_new = o - int(self.old.starts[i]), n - int(self.new.starts[j])
         return into_old == into_new or (not bool(self.matching.same[i]) and into_old > 0 and into_new > 0)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,9 @@ MIN_OFFSETS = 12
 MAX_ROW = 64
 ROW_SIZES = (2, 4, 8, 16, 32, 64)
 """Strings that fill neighbouring pieces of such a size exactly may be rows of an array."""
+
+OBJECT_ALIGNMENT = 32
+"""gcc aligns static objects of 32 bytes and more to this on x86-64; clang to 16."""
 
 Pair = tuple[int, int]
 """(old address, new address)."""
@@ -134,6 +138,10 @@ class _Side:
         raw = bytes(self.content(address, self.next_named(address) - address))
         return raw.rstrip(b"\0") if _fills(raw) else None
 
+    def is_text(self, address: int, size: int) -> bool:
+        """Whether a stretch is one string and its padding; the bytes of a pointer are none, whatever they look like."""
+        return not len(self.slot_offsets(address, size)) and _fills(bytes(self.content(address, size)))
+
     def content(self, address: int, size: int) -> memoryview:
         """What the file holds there."""
         return self.view[address - self.base : address - self.base + size]
@@ -143,6 +151,35 @@ class _Side:
         found = self.image.pointer_at(address)
         assert found is not None
         return found
+
+    @cached_property
+    def _rows_by_target(self) -> NDArray[np.int64]:
+        return np.argsort(self.code.references.target, kind="stable")
+
+    def users(self, address: int) -> frozenset[int]:
+        """The functions that name an address."""
+        references, order = self.code.references, self._rows_by_target
+        first, last = np.searchsorted(references.target, [address, address + 1], sorter=order)
+        return frozenset(references.function[order[first:last]].tolist())
+
+    def may_be_array(self, start: int, element: int, end: int) -> bool:
+        """Whether [start, end) may be one array of which an element begins at ``element``.
+
+        For some size of elements, no place in them is a pointer in one element and a number in another.
+        """
+        distance = element - start
+        if distance % 8:
+            return True
+        words = np.arange(start, end - 7, 8, dtype=np.int64)
+        pointer = np.isin(words, self.slots)
+        raw = np.frombuffer(self.content(start, 8 * len(words)), np.int64)
+        number = ~pointer & (raw != 0)
+        for size in range(8, distance + 1, 8):
+            if distance % size == 0 or 2 * size <= distance:
+                place = np.arange(len(words)) % (size // 8)
+                if not len(np.intersect1d(place[pointer], place[number])):
+                    return True
+        return False
 
     def slot_offsets(self, address: int, size: int) -> Addresses:
         """Offsets of the pointer slots in [address, address + size)."""
@@ -209,17 +246,23 @@ class _Comparer:
         if len(common):
             size, whole = int(common[0]), True
         if loaded and size > MAX_LOAD:
-            size, whole = MAX_LOAD, True
+            size, whole = MAX_LOAD - (o % 8 if o % 8 == n % 8 else 0), True  # no pointer slot is cut in two
         reach = size if whole and (len(common) or size < min(left, right)) else 0
+        if self._crosses(o, n):
+            reach = 0
         if reach:
             self.todo.append((o + size, n + size))
         equal = size > 0 and self._same(o, n, size)
         if not whole:
             equal = equal and not self._goes_on(o, n, left, right)
         barrier = Barrier.LOADED if loaded else Barrier.OPEN
-        if _fills(bytes(self.old.content(o, size))) or _fills(bytes(self.new.content(n, size))):
+        if self.old.is_text(o, size) or self.new.is_text(n, size):
             barrier = Barrier.TEXT
         return Segment(o, n, size, reach or (size if whole else 0), equal, whole, barrier)
+
+    def _crosses(self, o: int, n: int) -> bool:
+        """One is writable and the other is not: a variable that changed sections has other neighbours there."""
+        return (self.old.image.kind_at(o) in CONSTANTS) != (self.new.image.kind_at(n) in CONSTANTS)
 
     def _goes_on(self, o: int, n: int, left: int, right: int) -> bool:
         """The longer of two stretches holds more than padding behind the end of the shorter one: a table grew."""
@@ -330,11 +373,25 @@ class _Comparer:
     def _reads_on(self, first: Segment, second: Segment) -> bool:
         """Whether ``second`` may belong to an object that begins at ``first`` or before it."""
         if first.barrier is not Barrier.TEXT:
-            return first.barrier is not Barrier.TABLE
+            return first.barrier is not Barrier.TABLE and not self._separate(first, second)
         # Rows of a two-dimensional array of characters: equally long, and not packed like string literals are.
         packed = first.size == first.reach and first.reach not in ROW_SIZES
         rows = second.barrier is Barrier.OPEN and second.size % first.reach == 0
         return (rows or first.reach == second.reach) and first.reach <= MAX_ROW and not packed
+
+
+    def _separate(self, first: Segment, second: Segment) -> bool:
+        """Whether ``second`` cannot be a part of the object at ``first``, for what the pointers in both show.
+
+        Compilers align objects of this size; what is aligned and lies inside another object is an element of an
+        array, whose elements have their pointers at the same places, or a member of a structure, which its users
+        name together with the structure.
+        """
+        if second.old % OBJECT_ALIGNMENT or second.new % OBJECT_ALIGNMENT:
+            return False
+        if self.old.users(first.old) & self.old.users(second.old):
+            return False
+        return not self.old.may_be_array(first.old, second.old, second.old + second.size)
 
 
 def _fills(raw: bytes) -> bool:

@@ -237,12 +237,21 @@ class Resolver:
                 self.forced_entries.add(old_entry)
                 return Place(OLD_IMAGE, old_entry)
             return Place(PATCH_IMAGE, target)
+        if not entry and old_entry is not None and self._is_equal_data(function):
+            self.used_code.add(old_entry)
+            return Place(OLD_IMAGE, old_entry + target - int(self.new.starts[function]))
         if not entry:
             return "it lies inside a function that is not patched"
         if old_entry is None:
             return "the function has no counterpart in the old build"
         self.used_code.add(old_entry)
         return Place(OLD_IMAGE, old_entry)
+
+    def _is_equal_data(self, function: int) -> bool:
+        """A table among the code, the same in both builds to the last byte."""
+        other = int(self.comparison.matching.old_of[function])
+        equal = self.old.raw_bytes(other) == self.new.raw_bytes(function)
+        return bool(self.new.may_be_data[function]) and bool(self.old.may_be_data[other]) and equal
 
     def _stub(self, target: int) -> Place | str:
         image = self.new.image

@@ -174,3 +174,100 @@ def test_a_table_with_a_sentinel_that_grew_brings_its_reader(compiled: Compiler)
         "prints(n)", MORE=("", '"c", "d",'),
     )  # fmt: skip
     assert judge(compiled, pair).check().reasons == {"reads": "constant"}
+
+
+KINDS = {"objects.c": """
+struct shape { const char *name; long sizes[5]; int (*draw)(int); const char *more; };
+struct route { long cost, limit; const char *from, *to; long spare[4]; };
+struct group { int (*enter)(int), (*leave)(int); long id[6]; };
+extern int company1(int), company2(int);
+const struct group last = {company2, company1, {91, LAST}};
+const struct route middle = {MIDDLE, 5000000002, "here", "there", {7, 8, 9, 10}};
+const struct shape first = {"first", {1000000001, FIRST, 4, 5, 6}, company1, "of all"};
+"""}  # fmt: skip
+USERS = """
+extern const char first[], middle[], last[];
+SEPARATE long uses_first(int n) { return first[n]; }
+SEPARATE long uses_middle(int n) { return middle[n]; }
+SEPARATE long uses_last(int n) { return last[n]; }
+"""
+
+
+@pytest.mark.parametrize("which", ["FIRST", "MIDDLE", "LAST"])
+@pytest.mark.parametrize("cc", ["gcc", "clang"])
+def test_objects_of_other_shapes_are_other_objects(which: str, cc: str, compiled: Compiler) -> None:
+    words = {"FIRST": ("3", "3"), "MIDDLE": ("4", "4"), "LAST": ("5", "5"), which: BIG}
+    pair = program(USERS, "uses_first(n) + uses_middle(n) + uses_last(n)", KINDS, **words)
+    verdict = judge(compiled, pair, cc=cc).check()
+    reader = f"uses_{which.lower()}"
+    assert verdict.reasons[reader] == "constant"
+    if cc == "gcc":  # clang aligns them to 16 only, and then the one before could be the beginning of a structure
+        assert verdict.reasons == {reader: "constant"}
+
+
+ROW = "struct row { const char *name; long v[SIZE]; };\n"
+ROWS = {"rows.c": ROW + 'const struct row rows[5] = {{"a", {1}}, {"b", {2}}, {"c", {3}}, {0, {NUM}}, {"e", {5}}};'}
+ROW_USERS = ROW + (
+    "extern const struct row rows[5];\nSEPARATE long reads(int n) { return rows[n].v[0]; }\n"
+    "SEPARATE long deref(const struct row *r) { return r->v[0]; }\n"
+    "SEPARATE long direct(void) { return deref(&rows[2]); }\nSEPARATE long other(void) { return deref(&rows[3]); }"
+)
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 11])
+def test_a_named_element_is_still_a_part_of_its_array(size: int, compiled: Compiler) -> None:
+    pair = program(ROW_USERS, "reads(n) + direct() + other()", ROWS, NUM=BIG, SIZE=(str(size), str(size)))
+    assert judge(compiled, pair).check().reasons["reads"] == "constant"
+
+
+MEMBERS = {"objects.c": """
+struct all { const char *name; long pad[3]; char text[32]; int (*call)(int); };
+extern int company1(int);
+const struct all all = {"all", {1, 2, 3}, "WORD", company1};
+"""}  # fmt: skip
+MEMBER_USERS = """
+struct all { const char *name; long pad[3]; char text[32]; int (*call)(int); };
+extern const struct all all;
+SEPARATE int deref(const struct all *a) { return a->text[2]; }
+SEPARATE int whole(int n) { return deref(&all) + puts(all.text); }
+"""
+
+
+def test_a_named_member_is_still_a_part_of_its_structure(compiled: Compiler) -> None:
+    pair = program(MEMBER_USERS, "whole(n)", MEMBERS, WORD=("some words", "other words"))
+    assert judge(compiled, pair).check().reasons["whole"] == "constant"
+
+
+EXPORTED = {"objects.c": """
+extern int company1(int), company2(int);
+int level = 3;
+int (*hook_a)(int) = company1; int (*hook_b)(int) = company2; const char *label_a = "WORD"; const char *label_b = "b";
+"""}  # fmt: skip
+
+
+def test_exported_variables_end_where_the_next_one_begins(compiled: Compiler) -> None:
+    """A number that is loaded by itself may be followed by pointers that only other modules know."""
+    pair = program("extern int level; SEPARATE int reads(int n) { return n + level + WORD; }", "reads(n)", {
+        "objects.c": EXPORTED["objects.c"].replace("WORD", "a")}, WORD=("1", "2222"))  # fmt: skip
+    assert judge(compiled, pair, "-rdynamic").check().reasons == {"reads": "code"}
+
+
+TABLE_IN_CODE = """
+asm(".text; .balign 64; .type in_code, @object; in_code: .long 0, 0, 0x3305eb90, NUM, 0x90e8, 0xe9, 0x7f74, 0x0f74;"
+    ".asciz \\"made by hand, tuned by hand; 0123456789\\"; .balign 64; .size in_code, . - in_code");
+SEPARATE int reads(int n) { int r; asm("lea in_code(%%rip), %%rax; movl (%%rax,%1,4), %0"
+    : "=r"(r) : "r"((long)n) : "rax"); return r; }
+SEPARATE int edited(int n) { company1(n); STEP return n; }
+"""
+
+
+@pytest.mark.parametrize("numbers", [("1", "1"), ("1", "2")], ids=["same", "other"])
+def test_a_table_among_the_code_is_data(numbers: tuple[str, str], compiled: Compiler) -> None:
+    """perlasm keeps tables in .text without an FDE; what reads them changes only with them."""
+    step = ("", "puts(\"a step more\"); company2(n); company3(n);")
+    pair = program(TABLE_IN_CODE, "edited(n) + reads(n)", NUM=numbers, STEP=step)
+    verdict = judge(compiled, pair)
+    if numbers[0] == numbers[1]:
+        assert verdict.check().reasons == {"edited": "code"}
+    else:
+        assert "no-unwind" in verdict.refused or "unpinned-address" in verdict.refused or "reads" in verdict.reasons
