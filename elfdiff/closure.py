@@ -15,8 +15,11 @@ from elfdiff.comparison import Comparison
 from elfdiff.jumptables_x86_64 import JumpTable
 
 
-def closure(comparison: Comparison, seeds: NDArray[np.int64]) -> NDArray[np.int64]:
-    """New functions that must be in a patch of ``seeds``, sorted; the seeds included."""
+def joined(comparison: Comparison, seeds: NDArray[np.int64]) -> dict[int, int]:
+    """New functions that must be in a patch of ``seeds``, each with the one that it hangs together with.
+
+    A seed hangs together with itself. The order is that of finding.
+    """
     neighbours: dict[int, set[int]] = {}
     for a, b in _edges(comparison.new, comparison.tables[1]):
         neighbours.setdefault(a, set()).add(b)
@@ -27,14 +30,20 @@ def closure(comparison: Comparison, seeds: NDArray[np.int64]) -> NDArray[np.int6
         if a >= 0 and b >= 0:
             neighbours.setdefault(a, set()).add(b)
             neighbours.setdefault(b, set()).add(a)
-    found = set(seeds.tolist())
+    found = {function: function for function in seeds.tolist()}
     todo = list(found)
     while todo:
-        for other in neighbours.get(todo.pop(), ()):
+        function = todo.pop()
+        for other in sorted(neighbours.get(function, ())):
             if other not in found:
-                found.add(other)
+                found[other] = function
                 todo.append(other)
-    return np.array(sorted(found), np.int64)
+    return found
+
+
+def closure(comparison: Comparison, seeds: NDArray[np.int64]) -> NDArray[np.int64]:
+    """New functions that must be in a patch of ``seeds``, sorted; the seeds included."""
+    return np.array(sorted(joined(comparison, seeds)), np.int64)
 
 
 def _edges(code: Code, tables: dict[int, JumpTable]) -> set[tuple[int, int]]:

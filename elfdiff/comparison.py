@@ -42,6 +42,8 @@ class Comparison:
     added: tuple[int, ...]  # new functions without counterpart
     removed: tuple[int, ...]  # old functions without counterpart
     differing_data: tuple[tuple[int, int], ...]  # (old, new) of writable variables whose initial value differs
+    decided: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """New function of equal bytes that is changed all the same -> the (old, new) addresses that show it."""
 
     def old_entry(self, function: int) -> int | None:
         """Old start address of a new function, or None when it has no counterpart."""
@@ -58,7 +60,8 @@ def compare(old: Code, new: Code) -> Comparison:
     constants = compare_constants(old, new, matching, addresses, tables)
     changed = {j: Reason.CODE for j in matching.pairs(same=False)[:, 1].tolist()}
     changed.update({j: Reason.LINES for _, j in lines})
-    changed.update(_Judge(old, new, matching, addresses, constants).demoted())
+    judge = _Judge(old, new, matching, addresses, constants)
+    changed.update(judge.demoted())
     lines = [(i, j) for i, j in lines if changed[j] is Reason.LINES]
     differing = [pair for pair in constants.differing if _writable(old.image, pair[0])]
     return Comparison(
@@ -73,6 +76,7 @@ def compare(old: Code, new: Code) -> Comparison:
         added=tuple(np.nonzero(matching.old_of < 0)[0].tolist()),
         removed=tuple(np.nonzero(matching.new_of < 0)[0].tolist()),
         differing_data=tuple(sorted(differing)),
+        decided=judge.decided,
     )
 
 
@@ -94,6 +98,7 @@ class _Judge:
         self.old, self.new, self.matching = old, new, matching
         self.addresses, self.constants = addresses, constants
         self.known: dict[tuple[int, int], Reason | None] = {}
+        self.decided: dict[int, tuple[int, int]] = {}
 
     def demoted(self) -> dict[int, Reason]:
         """New functions of equal bytes that are changed all the same."""
@@ -108,7 +113,9 @@ class _Judge:
         for index in np.nonzero(differs)[0].tolist():
             reason = verdicts[int(inverse.ravel()[index])]
             assert reason is not None
-            found.setdefault(int(self.new.references.function[pins.right[index]]), reason)
+            function = int(self.new.references.function[pins.right[index]])
+            found.setdefault(function, reason)
+            self.decided.setdefault(function, (int(pins.old[index]), int(pins.new[index])))
         return found
 
     def _may_be_data(self) -> NDArray[np.bool_]:
@@ -120,7 +127,8 @@ class _Judge:
         pins, old, new = self.addresses.pins, self.old.references, self.new.references
         entered = np.isin(pins.old, self.old.starts) | np.isin(pins.new, self.new.starts)
         equal: NDArray[np.bool_] = pins.old - old.end[pins.left] == pins.new - new.end[pins.right]
-        return equal & ~entered & (self.old.image.kinds(pins.old) == Kind.TEXT)
+        equal &= ~entered & (self.old.image.kinds(pins.old) == Kind.TEXT)
+        return equal
 
     def verdict(self, o: int, n: int) -> Reason | None:
         """None when an old and a new address name the same thing, else why not."""
