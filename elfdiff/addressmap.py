@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from elfdiff.code import Code
 from elfdiff.image import Addresses, Image, Kind
 from elfdiff.matching import Matching
-from elfdiff.pairing import aligned, paired
+from elfdiff.pairing import paired
 
 DATA_KINDS = (Kind.CONSTANT, Kind.RELRO, Kind.DATA, Kind.BSS, Kind.GOT, Kind.NONE, Kind.OTHER)
 WRITABLE = (Kind.DATA, Kind.BSS)
@@ -194,15 +194,8 @@ def _add_survivors(
     disputed: frozenset[int],
     order: Order,
 ) -> None:
-    lefts, rights = [], []
-    for i, j in matching.pairs(same=False).tolist():
-        left, right = aligned(old, new, i, j)
-        lefts.append(left)
-        rights.append(right)
-    if not lefts:
-        return
-    first = old.references.target[np.concatenate(lefts)]
-    second = new.references.target[np.concatenate(rights)]
+    left, right, _ = matching.alignments.references(matching.pairs(same=False))
+    first, second = old.references.target[left], new.references.target[right]
     data = np.isin(new.image.kinds(second), DATA_KINDS) & np.isin(old.image.kinds(first), DATA_KINDS)
     forward, _ = _tally(first[data], second[data])
     taken = set(order.mapped.values())

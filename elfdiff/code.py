@@ -113,8 +113,35 @@ class Code:
 
     def instructions(self, function: int) -> NDArray[np.int64]:
         """Offsets into ``raw`` of the function's instructions."""
-        a, b = int(self.starts[function]) - self.base, int(self.ends[function]) - self.base
-        return np.nonzero(self.is_start[a:b])[0] + a
+        first, last = self._instruction_bounds
+        return self._instruction_offsets[first[function] : last[function]]
+
+    def instructions_of(self, functions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The instructions of several functions end to end; those of the k-th are [bounds[k], bounds[k + 1])."""
+        first, last = (bound[functions] for bound in self._instruction_bounds)
+        bounds = np.concatenate([[0], np.cumsum(last - first)])
+        step = np.arange(bounds[-1]) - np.repeat(bounds[:-1], last - first)
+        return self._instruction_offsets[np.repeat(first, last - first) + step], bounds
+
+    @cached_property
+    def instruction_counts(self) -> NDArray[np.int64]:
+        """Instructions of each function."""
+        first, last = self._instruction_bounds
+        return last - first
+
+    @cached_property
+    def _instruction_offsets(self) -> NDArray[np.int64]:
+        return np.nonzero(self.is_start)[0]
+
+    @cached_property
+    def _instruction_bounds(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        offsets = self._instruction_offsets
+        return np.searchsorted(offsets, self.starts - self.base), np.searchsorted(offsets, self.ends - self.base)
+
+    @cached_property
+    def outside(self) -> NDArray[np.int64]:
+        """Indices of the references that are not internal."""
+        return np.nonzero(~self.references.internal)[0]
 
     def instruction_at(self, addresses: Addresses) -> NDArray[np.bool_]:
         """Whether an instruction of some function starts at each address."""

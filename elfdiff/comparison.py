@@ -55,7 +55,7 @@ def compare(old: Code, new: Code) -> Comparison:
     """Compare two builds."""
     matching = match(old, new)
     tables = find_jump_tables(old), find_jump_tables(new)
-    lines = line_only(old, new, matching.pairs(same=False), matching.pairs(same=True))
+    lines = line_only(old, new, matching)
     addresses = learn(old, new, matching, np.array(lines, np.int64).reshape(-1, 2))
     constants = compare_constants(old, new, matching, addresses, tables)
     changed = {j: Reason.CODE for j in matching.pairs(same=False)[:, 1].tolist()}

@@ -11,19 +11,17 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from elfdiff.errors import BadInput
 
-if TYPE_CHECKING:
-    pass
-
 Addresses = NDArray[np.int64]
 
 PAGE = 0x1000
+SHORT_STRING = 128
+"""Bytes that are looked at first for the end of a string; few are longer."""
 MAX_SPAN = 1 << 31
 """An image that spans more cannot be addressed by rel32; also bounds what a damaged header can make us allocate."""
 
@@ -51,6 +49,9 @@ class Kind(IntEnum):
     DATA = 6  # initialised writable data
     BSS = 7  # zero-initialised writable data
     OTHER = 8  # tables for linker and unwinder
+
+
+_NO_SECTION = Kind.NONE  # a member is looked up by name in its class each time, which is slow in a hot path
 
 
 @dataclass(frozen=True)
@@ -181,15 +182,19 @@ class Image:
 
     def section_at(self, address: int) -> Section | None:
         """The section that contains an address."""
-        index = bisect.bisect_right(self.sections, address, key=_start) - 1
+        index = bisect.bisect_right(self._start_list, address) - 1
         if index < 0 or address >= self.sections[index].end:
             return None
         return self.sections[index]
 
+    @cached_property
+    def _start_list(self) -> list[int]:
+        return [section.start for section in self.sections]
+
     def kind_at(self, address: int) -> Kind:
         """The ``Kind`` of the section at one address."""
         section = self.section_at(address)
-        return section.kind if section else Kind.NONE
+        return section.kind if section else _NO_SECTION
 
     def section(self, name: str) -> Section | None:
         """The section of that name."""
@@ -204,10 +209,12 @@ class Image:
 
     def pointer_at(self, address: int) -> int | None:
         """What the pointer slot at an address points to, or None where there is no relative slot."""
-        index = int(np.searchsorted(self.relative_places, address))
-        if index < len(self.relative_places) and self.relative_places[index] == address:
-            return int(self.relative_targets[index])
-        return None
+        return self._pointers.get(address)
+
+    @cached_property
+    def _pointers(self) -> dict[int, int]:
+        pairs = zip(self.relative_places[::-1].tolist(), self.relative_targets[::-1].tolist(), strict=True)
+        return dict(pairs)  # of several relocations of one place the first counts
 
     def string_at(self, address: int, limit: int = 4096) -> bytes | None:
         """The NUL-terminated bytes at an address, or None when they do not end within ``limit``."""
@@ -215,10 +222,11 @@ class Image:
         if section is None:
             return None
         offset = address - self.base
-        raw = self.memory[offset : min(offset + limit, section.loaded_end - self.base)].tobytes()
+        stop = min(offset + limit, section.loaded_end - self.base)
+        short = min(offset + SHORT_STRING, stop)
+        raw = self.memory[offset:short].tobytes()
         end = raw.find(b"\0")
+        if end < 0 and short < stop:
+            raw = self.memory[offset:stop].tobytes()
+            end = raw.find(b"\0")
         return raw[:end] if end >= 0 else None
-
-
-def _start(section: Section) -> int:
-    return section.start

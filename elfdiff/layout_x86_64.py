@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from elfdiff.code import LEA, Code, FieldKind
-from elfdiff.pairing import surviving_instructions
+from elfdiff.pairing import Alignments
 
 ARGUMENT_WINDOW = 8
 """Instructions behind an argument within which its call is looked for."""
@@ -38,16 +38,17 @@ class LayoutTraces:
     sizes: tuple[tuple[int, int], ...]
 
 
-def layout_traces(old: Code, new: Code, pairs: list[tuple[int, int]]) -> Iterator[LayoutTraces]:
+def layout_traces(alignments: Alignments, pairs: list[tuple[int, int]]) -> Iterator[LayoutTraces]:
     """Look at all changed function pairs (old, new)."""
+    old, new = alignments.old, alignments.new
     operands = _operand_reader()
     for i, j in pairs:
         fields: list[tuple[int, int]] = []
         thread_local: list[tuple[int, int]] = []
         framed = _keeps_frame_pointer(old, i)
-        survivors = list(surviving_instructions(old, new, i, j, shape=True))
+        survivors = alignments.survivors(np.array([[i, j]], np.int64), shape=True)
         explained = 0
-        for a, b in survivors:
+        for a, b in zip(survivors.old.tolist(), survivors.new.tolist(), strict=True):
             first, second = _instruction(old, a), _instruction(new, b)
             explained += first == second
             if first != second and old.decoded.opcode[a] != LEA:
@@ -56,7 +57,7 @@ def layout_traces(old: Code, new: Code, pairs: list[tuple[int, int]]) -> Iterato
                     _note_shift(one, other, framed, fields, thread_local)
                 explained += len(fields) + len(thread_local) > before
         only = explained == len(old.instructions(i)) == len(new.instructions(j))
-        sizes = tuple(_allocation_sizes(old, new, i, j))
+        sizes = tuple(_allocation_sizes(alignments, i, j))
         yield LayoutTraces(j, tuple(fields), only, tuple(thread_local), sizes)
 
 
@@ -109,13 +110,15 @@ def _instruction(code: Code, at: int) -> bytes:
     return code.masked[at : at + int(code.decoded.length[at])].tobytes()
 
 
-def _allocation_sizes(old: Code, new: Code, i: int, j: int) -> Iterator[tuple[int, int]]:
+def _allocation_sizes(alignments: Alignments, i: int, j: int) -> Iterator[tuple[int, int]]:
     """Constants that differ in ``mov $imm32, edi or esi`` in front of a call of something named ...alloc."""
+    old, new = alignments.old, alignments.new
     calls = _allocator_calls(old, i)
     if not calls:
         return
     at = old.instructions(i)
-    for a, b in surviving_instructions(old, new, i, j):
+    survivors = alignments.survivors(np.array([[i, j]], np.int64))
+    for a, b in zip(survivors.old.tolist(), survivors.new.tolist(), strict=True):
         if int(old.decoded.opcode[a]) not in (0xBE, 0xBF) or int(new.decoded.opcode[b]) != int(old.decoded.opcode[a]):
             continue
         index = int(np.searchsorted(at, a))

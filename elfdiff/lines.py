@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from elfdiff.code import LEA, Code, FieldKind
 from elfdiff.decode_x86_64 import RefKind
 from elfdiff.image import Kind
-from elfdiff.pairing import surviving_instructions
+from elfdiff.matching import Matching
+from elfdiff.pairing import Alignments
 
 MAX_LINE = 200_000
 """No source file of the programs at hand is longer; generated ones reach 150,000."""
@@ -58,15 +59,15 @@ class _Line:
         return self.new - self.old
 
 
-def line_only(old: Code, new: Code, changed: NDArray[np.int64], same: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Those of the changed function pairs (n, 2) that differ in line numbers alone; ``same`` are the equal pairs."""
-    candidates = {(i, j): _candidate(old, new, i, j) for i, j in changed.tolist()}
+def line_only(old: Code, new: Code, matching: Matching) -> list[tuple[int, int]]:
+    """Those of the function pairs of different bytes that differ in line numbers alone."""
+    candidates = {(i, j): _candidate(old, new, i, j) for i, j in matching.pairs(same=False).tolist()}
     found = {pair: lines for pair, lines in candidates.items() if lines}
     shifts = _Shifts(found)
-    shifts.add_unmoved(old, same[:, 0])
+    shifts.add_unmoved(old, matching.pairs(same=True)[:, 0])
     for pair, lines in candidates.items():
         if not lines:
-            shifts.add_surviving(old, new, *pair)
+            shifts.add_surviving(old, new, matching.alignments, *pair)
     return [pair for pair, lines in found.items() if all(shifts.believed(pair[0], line) for line in lines)]
 
 
@@ -104,15 +105,17 @@ class _Shifts:
                     value = _immediate(code, int(at[k]))
                     bisect.insort(self.by_file[names[int(references.target[row])]], (value, 0))
 
-    def add_surviving(self, old: Code, new: Code, i: int, j: int) -> None:
+    def add_surviving(self, old: Code, new: Code, alignments: Alignments, i: int, j: int) -> None:
         """Lines of functions that changed otherwise, too: their surviving instructions tell how the file moved."""
         files_old, files_new = _file_loads(old, i), _file_loads(new, j)
         if not files_old or not files_new:
             return
         at_old, at_new = old.instructions(i), new.instructions(j)
-        for a, b in surviving_instructions(old, new, i, j):
-            register = _argument(old, a, np.zeros(0, np.int64))
-            if register is None or old.decoded.opcode[a] != new.decoded.opcode[b]:
+        survivors = alignments.survivors(np.array([[i, j]], np.int64))
+        opcodes = old.decoded.opcode[survivors.old]
+        move = (opcodes >= 0xB8) & (opcodes <= 0xBF) & (opcodes == new.decoded.opcode[survivors.new])
+        for a, b in zip(survivors.old[move].tolist(), survivors.new[move].tolist(), strict=True):
+            if _argument(old, a, np.zeros(0, np.int64)) is None:
                 continue
             file = _near_file(old, at_old, int(np.searchsorted(at_old, a)), files_old)
             if file is not None and file == _near_file(new, at_new, int(np.searchsorted(at_new, b)), files_new):

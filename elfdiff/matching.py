@@ -17,7 +17,7 @@ import bisect
 import difflib
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import pairwise
 
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from elfdiff.code import LEA, Code, FieldKind
 from elfdiff.image import Kind
-from elfdiff.pairing import aligned, paired
+from elfdiff.pairing import Alignments, paired
 
 MIN_SIMILARITY = 0.5
 """Share of equal pairs of neighbouring opcodes below which two functions of a gap are not the same function."""
@@ -60,6 +60,7 @@ class Matching:
     how: NDArray[np.uint8]
     same: NDArray[np.bool_]
     contradicted: frozenset[int]  # old functions that references mostly pair otherwise than they are matched
+    alignments: Alignments = field(repr=False, compare=False)
 
     def pairs(self, *, same: bool) -> NDArray[np.int64]:
         """Matched function pairs (n, 2), of equal or of different masked bytes."""
@@ -75,6 +76,7 @@ def match(old: Code, new: Code) -> Matching:
 class _Matcher:
     def __init__(self, old: Code, new: Code) -> None:
         self.old, self.new = old, new
+        self.alignments = Alignments(old, new)
         self.plain_old, self.strict_old = _signatures(old)
         self.plain_new, self.strict_new = _signatures(new)
         self.new_of = np.full(len(old), -1, np.int64)
@@ -98,7 +100,7 @@ class _Matcher:
         same = np.zeros(len(self.old), np.bool_)
         for i in np.nonzero(self.new_of >= 0)[0].tolist():
             same[i] = self.plain_old[i] == self.plain_new[int(self.new_of[i])]
-        return Matching(self.new_of, self.old_of, self.how, same, frozenset(self._contradicted()))
+        return Matching(self.new_of, self.old_of, self.how, same, frozenset(self._contradicted()), self.alignments)
 
     def _link(self, i: int, j: int, how: How) -> None:
         self.new_of[i], self.old_of[j], self.how[i] = j, i, how
@@ -174,8 +176,9 @@ class _Matcher:
             (fresh_same if self.plain_old[i] == self.plain_new[j] else fresh_changed).append((i, j))
         if fresh_same:
             self._vote(*paired(self.old, self.new, np.array(fresh_same, np.int64)))
-        for i, j in fresh_changed:
-            self._vote(*aligned(self.old, self.new, i, j))
+        if fresh_changed:
+            left, right, _ = self.alignments.references(np.array(fresh_changed, np.int64))
+            self._vote(left, right)
 
     def _vote(self, left: NDArray[np.int64], right: NDArray[np.int64]) -> None:
         if not len(left):
@@ -222,13 +225,10 @@ class _Matcher:
             zip(self.old.references.target[left].tolist(), self.new.references.target[right].tolist(), strict=True)
         )
         changed = [(i, int(j)) for i, j in enumerate(self.new_of) if j >= 0 and self.plain_old[i] != self.plain_new[j]]
-        for i, j in changed:
-            first, second = aligned(self.old, self.new, i, j)
-            pairs.update(
-                zip(
-                    self.old.references.target[first].tolist(), self.new.references.target[second].tolist(), strict=True
-                )
-            )
+        first, second, _ = self.alignments.references(np.array(changed, np.int64).reshape(-1, 2))
+        pairs.update(
+            zip(self.old.references.target[first].tolist(), self.new.references.target[second].tolist(), strict=True)
+        )
         for o, n in pairs:
             slots = list(self._slots(o, n))
             agreeing = sum(self.new_of[i] == j for i, j in slots)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from elfdiff.code import TRANSFERS, Code, FieldKind
 from elfdiff.comparison import Comparison
-from elfdiff.image import PAGE, Image, Kind
+from elfdiff.image import PAGE, Addresses, Image, Kind
 from elfdiff.layout_x86_64 import LayoutTraces, layout_traces
 from elfdiff.patchobject import (
     PATCH_IMAGE,
@@ -60,7 +60,7 @@ class Draft:
             for i, j in comparison.matching.pairs(same=False)
             if comparison.changed.get(int(j)) is not Reason.LINES
         ]
-        return tuple(layout_traces(comparison.old, comparison.new, pairs))
+        return tuple(layout_traces(comparison.matching.alignments, pairs))
 
 
 def draft(comparison: Comparison, members: NDArray[np.int64], reasons: dict[int, Reason]) -> Draft:
@@ -93,13 +93,7 @@ def _relocate_owned(result: Draft) -> None:
     done: set[int] = set()
     while True:
         extents = {**resolver.owned.constants, **resolver.owned.variables}
-        places = {
-            int(place)
-            for start, end in extents.items()
-            for place in image.relative_places[
-                int(np.searchsorted(image.relative_places, start)) : int(np.searchsorted(image.relative_places, end))
-            ]
-        } - done
+        places = set(_slots_in(image.relative_places, extents)) - done
         if not places:
             break
         done |= places
@@ -107,6 +101,14 @@ def _relocate_owned(result: Draft) -> None:
             _relocate_slot(result, place)
     for slot, filled in resolver.owned.slots.items():
         result.relocations.append((slot, RelocationType.ABS64, filled.symbol, filled.address))
+
+
+def _slots_in(places: Addresses, extents: dict[int, int]) -> list[int]:
+    """Those of the places (sorted) that lie in one of the extents, which may overlap."""
+    bounds = np.searchsorted(places, np.array(list(extents.items()), np.int64).reshape(-1, 2))
+    steps = np.bincount(bounds[:, 0], minlength=len(places) + 1) - np.bincount(bounds[:, 1], minlength=len(places) + 1)
+    inside: list[int] = places[np.cumsum(steps[:-1]) > 0].tolist()
+    return inside
 
 
 def _relocate_slot(result: Draft, place: int) -> None:

@@ -8,7 +8,9 @@ reported as unbound, and refused.
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -352,14 +354,17 @@ class Resolver:
         """As far as the object may reach: to the next constant that is the old build's own."""
         section = self.new.image.section_at(target)
         assert section is not None
-        named = self.new.referenced
-        for address in named[int(np.searchsorted(named, target, "right")) :].tolist():
-            if address >= section.end:
-                break
-            known = self.comparison.addresses.old_of.get(address)
-            if known is not None and self.comparison.constants.same(known[0], address):
-                return int(address)
+        following = bisect.bisect_right(self._old_constants, target)
+        if following < len(self._old_constants):
+            return min(section.end, self._old_constants[following])
         return section.end
+
+    @cached_property
+    def _old_constants(self) -> list[int]:
+        """The addresses that the new build names and at which the old build's own constant lies, sorted."""
+        known, same = self.comparison.addresses.old_of, self.comparison.constants.same
+        named = self.new.referenced.tolist()
+        return [address for address in named if address in known and same(known[address][0], address)]
 
     def _label_slots(self) -> Addresses:
         """Pointer slots that lead into the middle of a patched function: tables of labels, not of functions."""
