@@ -138,10 +138,11 @@ class Truth:
 
     def instructions(self, name: str) -> list[Instruction]:
         symbol = self.functions[name]
-        return [_instruction(i) for i in self._disassembler.disasm(self.read(symbol.start, symbol.size), symbol.start)]
+        return [read_instruction(i) for i in self._disassembler.disasm(self.read(symbol.start, symbol.size), symbol.start)]
 
 
-def _instruction(i: capstone.CsInsn) -> Instruction:
+def read_instruction(i: capstone.CsInsn) -> Instruction:
+    """An instruction of capstone as compared here."""
     target = field = None
     text = f"{i.mnemonic} {i.op_str}"
     jumps = {x86_const.X86_GRP_JUMP, x86_const.X86_GRP_CALL, x86_const.X86_GRP_BRANCH_RELATIVE} & set(i.groups)
