@@ -36,14 +36,21 @@ class FdeTable:
     """All FDEs of one image, sorted by start; one element each, shape (n,).
 
     ``starts`` are virtual addresses of the code, ``sizes`` its bytes, ``addresses`` the virtual addresses of
-    the FDEs themselves; ``has_lsda`` says that a language-specific data area (C++ exception table) is named.
+    the FDEs themselves, ``lsdas`` those of the language-specific data areas (C++ exception tables) that they
+    name, 0 where they name none.
     Ranges do not overlap.
     """
 
     starts: Addresses
     sizes: Addresses
     addresses: Addresses
-    has_lsda: NDArray[np.bool_]
+    lsdas: Addresses
+
+    @property
+    def has_lsda(self) -> NDArray[np.bool_]:
+        """Whether each FDE names a language-specific data area."""
+        named: NDArray[np.bool_] = self.lsdas != 0
+        return named
 
     def __len__(self) -> int:
         """Number of FDEs."""
@@ -61,7 +68,8 @@ class FdeTable:
 class Cie:
     """A common information entry: what its FDEs share (DWARF 5, 6.4.1; augmentations: LSB 5.0, 10.6.1.1).
 
-    ``lsda_encoding`` is ``PE_OMIT`` where there is none; ``has_augmentation`` is the letter z.
+    ``lsda_encoding`` and ``personality_encoding`` are ``PE_OMIT`` where there is none; ``personality_place`` is the
+    address of the field that names the personality routine. ``has_augmentation`` is the letter z.
     """
 
     address: int
@@ -73,6 +81,8 @@ class Cie:
     has_augmentation: bool
     is_signal_frame: bool
     instructions: bytes = field(repr=False)
+    personality_encoding: int = PE_OMIT
+    personality_place: int = 0
 
 
 # --- the search table -------------------------------------------------------------------------------------
@@ -196,7 +206,7 @@ def _after_zeros(data: bytes, position: int) -> int:
 
 def _empty_table() -> FdeTable:
     none = np.zeros(0, dtype=np.int64)
-    return FdeTable(none, none, none, np.zeros(0, dtype=np.bool_))
+    return FdeTable(none, none, none, none)
 
 
 @dataclass(frozen=True)
@@ -230,7 +240,7 @@ def _decode_fdes(addresses: Addresses, block: _Block, read: ReadBytes) -> FdeTab
     cies = [read_cie(int(address), read) for address in cie_addresses]
     starts, sizes, after = _ranges([cies[i].fde_encoding for i in which], addresses, block, ends)
     lsda_encodings = [cies[i].lsda_encoding for i in which]
-    return _checked_table(starts, sizes, addresses, _lsda_flags(lsda_encodings, after, block, ends))
+    return _checked_table(starts, sizes, addresses, _lsdas(lsda_encodings, after, block, ends))
 
 
 def _ranges(
@@ -252,9 +262,9 @@ def _ranges(
     return starts, sizes, after
 
 
-def _lsda_flags(encodings: list[int], places: Addresses, block: _Block, ends: Addresses) -> NDArray[np.bool_]:
-    """Whether each FDE's augmentation data, at ``places``, holds an LSDA pointer that is not null."""
-    flags = np.zeros(len(places), dtype=np.bool_)
+def _lsdas(encodings: list[int], places: Addresses, block: _Block, ends: Addresses) -> Addresses:
+    """The LSDA pointer in each FDE's augmentation data, at ``places``; 0 where it is null or absent."""
+    found = np.zeros(len(places), dtype=np.int64)
     for encoding in set(encodings) - {PE_OMIT}:
         rows = np.flatnonzero(np.array(encodings) == encoding)
         format_ = fixed_format(encoding, block.address)
@@ -264,13 +274,16 @@ def _lsda_flags(encodings: list[int], places: Addresses, block: _Block, ends: Ad
         # A ULEB128 length; more than one byte would be more augmentation data than any producer knows.
         lengths = block.gather(here, "<u1")
         block.require(bool(np.all((lengths >= width) & (lengths < 0x80))), "unknown augmentation data")
-        flags[rows] = block.gather(here + 1, format_) != 0
-    return flags
+        values = block.gather(here + 1, format_)
+        used = values != 0
+        block.require(encoding & 0xF0 in (PE_ABSPTR, PE_PCREL) or not used.any(), f"LSDA encoding {encoding:#x}")
+        found[rows] = np.where(used, values + (here + 1) * (encoding & 0xF0 == PE_PCREL), 0)
+    return found
 
 
-def _checked_table(starts: Addresses, sizes: Addresses, addresses: Addresses, has_lsda: NDArray[np.bool_]) -> FdeTable:
+def _checked_table(starts: Addresses, sizes: Addresses, addresses: Addresses, lsdas: Addresses) -> FdeTable:
     order = np.lexsort((sizes, starts))
-    table = FdeTable(starts[order], sizes[order], addresses[order], has_lsda[order])
+    table = FdeTable(starts[order], sizes[order], addresses[order], lsdas[order])
     ends = table.starts + table.sizes  # wraps into the negative where the range leaves the address space
     wrong = (table.starts < 0) | (table.sizes < 0) | (ends < table.starts)
     wrong[:-1] |= table.starts[1:] < ends[:-1]
@@ -310,6 +323,8 @@ def read_cie(address: int, read: ReadBytes) -> Cie:
         has_augmentation=augmentation.startswith(b"z"),
         is_signal_frame=b"S" in augmentation,
         instructions=cursor.take(len(cursor.data) - cursor.position),
+        personality_encoding=letters.personality_encoding,
+        personality_place=letters.personality_place,
     )
 
 
@@ -317,6 +332,8 @@ def read_cie(address: int, read: ReadBytes) -> Cie:
 class _Augmentation:
     fde_encoding: int = PE_ABSPTR
     lsda_encoding: int = PE_OMIT
+    personality_encoding: int = PE_OMIT
+    personality_place: int = 0
 
 
 def _augmentation(letters: bytes, cursor: Cursor) -> _Augmentation:
@@ -328,6 +345,7 @@ def _augmentation(letters: bytes, cursor: Cursor) -> _Augmentation:
     size = cursor.uleb128()
     data = Cursor(cursor.take(size), cursor.address + cursor.position - size, "the augmentation of a CIE")
     fde_encoding, lsda_encoding = PE_ABSPTR, PE_OMIT
+    personality, personality_place = PE_OMIT, 0
     for letter in letters[1:].decode("latin-1"):
         if letter == "R":
             fde_encoding = data.unsigned(1)
@@ -335,7 +353,8 @@ def _augmentation(letters: bytes, cursor: Cursor) -> _Augmentation:
             lsda_encoding = data.unsigned(1)
         elif letter == "P":
             personality = data.unsigned(1)
+            personality_place = data.address + data.position
             data.take(np.dtype(fixed_format(personality, address=cursor.address)).itemsize)
         elif letter != "S":
             cursor.fail(f"augmentation {letters!r} has the unknown letter {letter!r}")
-    return _Augmentation(fde_encoding, lsda_encoding)
+    return _Augmentation(fde_encoding, lsda_encoding, personality, personality_place)
