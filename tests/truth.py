@@ -138,7 +138,8 @@ class Truth:
 
     def instructions(self, name: str) -> list[Instruction]:
         symbol = self.functions[name]
-        return [read_instruction(i) for i in self._disassembler.disasm(self.read(symbol.start, symbol.size), symbol.start)]
+        raw = self.read(symbol.start, symbol.size)
+        return [read_instruction(i) for i in self._disassembler.disasm(raw, symbol.start)]
 
 
 def read_instruction(i: capstone.CsInsn) -> Instruction:
