@@ -6,6 +6,8 @@
     .rela.livegraft         every field that leads out, in the psABI's own relocation types
     .note.gnu.build-id      of the *new* build, so that its debug information is found
     .livegraft              everything else, as JSON
+    .livegraft.evidence     why each function is in the patch, and what its references are called (not loaded)
+    .livegraft.old          the old code of the functions (not loaded)
     .livegraft.digest       SHA-256 of the whole file, this field taken as zeros
 
 Written by us, since LIEF 1.0 cannot make a file from nothing nor keep the addresses that it is asked for
@@ -45,6 +47,7 @@ from elfdiff.patchobject import (
 
 DIGEST_SIZE = 32
 MAGIC = "livegraft"
+EVIDENCE_SECTION, OLD_CODE_SECTION = ".livegraft.evidence", ".livegraft.old"
 OLD_IMAGE_SYMBOL, PATCH_IMAGE_SYMBOL = "livegraft_old_image", "livegraft_patch_image"
 
 _EHDR = struct.Struct("<16sHHIQQQIHHHHHH")
@@ -103,6 +106,7 @@ def _serialise(patch: PatchObject) -> bytes:
         _Section(".rela.livegraft", "RELA", _relocations(patch), link=symtab_index, align=8, entry_size=24),
         _Section(".note.gnu.build-id", "NOTE", _build_id_note(patch.new.build_id), align=4),
         _Section(".livegraft", "PROGBITS", _metadata(patch)),
+        *(_Section(name, "PROGBITS", data) for name, data in _explanation(patch).items() if data),
         _Section(".livegraft.digest", "PROGBITS", bytes(DIGEST_SIZE)),
     ]
     sections = loads + tables
@@ -185,6 +189,11 @@ def _relocations(patch: PatchObject) -> bytes:
     symbol = patch.relocations["symbol"].astype(np.uint64) + np.uint64(1)  # symbol 0 of the file is the null one
     table["info"] = (symbol << np.uint64(32)) | patch.relocations["type"].astype(np.uint64)
     return table.tobytes()
+
+
+def _explanation(patch: PatchObject) -> dict[str, bytes]:
+    """Sections that nobody needs to apply the patch; a reader that does not know them passes them over."""
+    return {EVIDENCE_SECTION: patch.evidence, OLD_CODE_SECTION: patch.old_code}
 
 
 def _build_id_note(build_id: str) -> bytes:
@@ -326,7 +335,14 @@ def _decode(
         removed=tuple(RemovedFunction(**f) for f in meta["removed"]),
         line_only=tuple(LineOnly(**f) for f in meta["line_only"]),
         eh_frame_hdr=meta["eh_frame_hdr"],
+        evidence=_optional(raw, sections, EVIDENCE_SECTION),
+        old_code=_optional(raw, sections, OLD_CODE_SECTION),
     )
+
+
+def _optional(raw: bytes, sections: dict[str, tuple[int, int]], name: str) -> bytes:
+    at, size = sections.get(name, (0, 0))
+    return raw[at : at + size]
 
 
 def symbol_name(patch: PatchObject, symbol: int) -> str:

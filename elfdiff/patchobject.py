@@ -9,7 +9,7 @@ it is therefore right without being understood, and only what leads out of it is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 
 import numpy as np
@@ -50,7 +50,8 @@ class Severity(StrEnum):
 class Finding:
     """A reason to refuse or to warn: what, where, why, and what would lift it.
 
-    ``code`` is stable (``struct-layout``); ``where`` are function names or addresses.
+    ``code`` is stable (``struct-layout``, see ``findingcodes``); ``where`` are function names or addresses, with the
+    source line where debug information gives it. ``lifted``: it would have refused, and --allow was given.
     """
 
     code: str
@@ -59,6 +60,12 @@ class Finding:
     where: tuple[str, ...]
     why: str
     lift: str
+    lifted: bool = False
+
+    def lines(self) -> list[str]:
+        """The finding for people, one thing a line."""
+        head = f"{self.code}{' (lifted by --allow)' if self.lifted else ''}: {self.what}"
+        return [head, *(f"  where  {place}" for place in self.where), f"  why    {self.why}", f"  lift   {self.lift}"]
 
 
 class Reason(StrEnum):
@@ -157,7 +164,9 @@ class PatchObject:
     """Everything that ``apply`` needs to know; the file holds exactly this.
 
     ``id`` is the SHA-256 of the file (its digest field taken as zeros), lower-case hex.
-    ``eh_frame_hdr`` is the address of the unwind search table inside the patch, or None.
+    ``eh_frame_hdr`` is the address of the unwind search table inside the patch, or None. ``evidence`` and ``old_code``
+    are for people who ask why (``explain``), and are not needed to apply: packed by ``evidence.pack``, and the old code
+    of the functions, one behind the other, those without a counterpart left out. Empty where there is no explanation.
     """
 
     id: str
@@ -173,6 +182,8 @@ class PatchObject:
     removed: tuple[RemovedFunction, ...]
     line_only: tuple[LineOnly, ...]
     eh_frame_hdr: int | None
+    evidence: bytes = field(default=b"", repr=False)
+    old_code: bytes = field(default=b"", repr=False)
 
     @property
     def low(self) -> int:
