@@ -8,11 +8,11 @@ ROUNDS ?= 300
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo test soak lint clean
+.PHONY: help demo test test-real soak lint clean
 .DEFAULT_GOAL := help
 
 help: ## list what make can do
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.runtime ## patch a running server under load, and take the patch back
 	@bash .ci/tools compiler
@@ -21,6 +21,10 @@ demo: $(VENV)/.runtime ## patch a running server under load, and take the patch 
 test: $(VENV)/.development ## run all tests (ARGS='tests/unit -k name' for some)
 	@bash .ci/tools all
 	@$(RUN) -m pytest $(ARGS)
+
+test-real: $(VENV)/.development ## the long tests: tor, frr and memcached built twice from source, minutes each
+	@bash .ci/tools real
+	@LIVEGRAFT_REAL=1 $(RUN) -m pytest -m long tests/real $(ARGS)
 
 soak: $(VENV)/.development ## the long runs: 300 kills of the patcher (ROUNDS=n for another number)
 	@bash .ci/tools all

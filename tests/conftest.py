@@ -23,8 +23,12 @@ ROOT = Path(__file__).parent.parent
 COMMAND_SECONDS = 300
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what needs root where we are not root, and says so."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skips what needs root where we are not root, and says so; leaves out the long tests unless they are wanted."""
+    if not os.environ.get("LIVEGRAFT_REAL"):
+        long = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
     if os.geteuid() == 0:
         return
     skip = pytest.mark.skip(reason="needs root (or CAP_SYS_PTRACE)")

@@ -4,22 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import pytest
 
-from fixtures.debian import PackageUnavailable, Unpacked, old_and_new
+from fixtures.debian import PackageUnavailable, Unpacked, VersionGone, exact, old_and_new
 
 Pair = tuple[Unpacked, Unpacked]
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+def available(get: Callable[P, R], *arguments: P.args, **options: P.kwargs) -> R:
+    """What ``get`` fetches or builds. A skip where this machine cannot; a failure where the archive has moved on."""
+    try:
+        return get(*arguments, **options)
+    except VersionGone as error:
+        pytest.fail(f"{error.what}: {error.why}; {error.next_step}")
+    except PackageUnavailable as error:
+        pytest.skip(f"{error.what}: {error.why}")
 
 
 @pytest.fixture(scope="session")
 def package_pair(cache_folder: Path) -> Callable[[str], Pair]:
     """``package_pair(name)``: the two newest versions that the archive serves, older one first."""
 
-    def pair(package: str) -> Pair:
-        try:
-            return old_and_new(package, cache_folder / "packages")
-        except PackageUnavailable as error:
-            pytest.skip(f"{error.what}: {error.why}")
+    return lambda package: available(old_and_new, package, cache_folder / "packages")
 
-    return pair
+
+@pytest.fixture(scope="session")
+def package_version(cache_folder: Path) -> Callable[[str, str], Unpacked]:
+    """``package_version(name, version)``: exactly this one; fails where the archive serves others only."""
+    return lambda package, version: available(exact, package, version, cache_folder / "packages")

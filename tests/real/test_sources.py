@@ -1,0 +1,42 @@
+"""Programs built twice from Debian's sources: the differ, which sees stripped files, against the object files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fixtures import recipes
+from fixtures.source import Built, Recipe, before_and_after
+from tests.real.conftest import available
+from tests.real.sources import SourcePair, judge_sources
+
+pytestmark = [pytest.mark.apt, pytest.mark.slow]
+
+
+@pytest.fixture(scope="session")
+def source_pair(cache_folder: Path) -> Callable[[Recipe], tuple[Built, Built]]:
+    """Both builds of a recipe; skips with the reason where they cannot be made."""
+    return lambda recipe: available(before_and_after, recipe, cache_folder / "sources")
+
+
+def check(pair: SourcePair) -> None:
+    """What must hold of every pair: nothing is missed, and what is said beyond the truth is named."""
+    assert not pair.missed
+    assert not pair.unexplained
+    assert pair.line_only <= pair.truth.line_only
+    assert pair.added == pair.truth.added
+    assert pair.removed == pair.truth.removed
+
+
+def test_vsftpd(source_pair: Callable[[Recipe], tuple[Built, Built]]) -> None:
+    """0070-realpath_wrapper.patch: one call in ls.c goes to a new function of sysutil.c."""
+    pair = judge_sources(*source_pair(recipes.VSFTPD), "vsftpd")
+    assert set(pair.truth.changed) == {"vsf_filename_passes_filter"}
+    assert pair.truth.added == {"vsf_sysutil_realpath"}
+    check(pair)
+    assert not pair.timid
+    assert pair.error is None and pair.patch is not None
+    assert {f.code for f in pair.patch.findings} == {"new-import"}
+    assert {one.name for one in pair.patch.imports} == {"strndup", "strcpy", "strrchr"}
