@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +10,14 @@ import numpy as np
 from elfdiff.closure import closure
 from elfdiff.code import Code, load_code
 from elfdiff.comparison import Comparison, changed_functions, compare
+from elfdiff.debugfile import debug_symbols, find_debug_file
+from elfdiff.debuginfo import DebugInfo
 from elfdiff.errors import BadInput, NothingToPatch, Refused
 from elfdiff.findings import find
+from elfdiff.image import Image
 from elfdiff.imagefile import load_image
 from elfdiff.patchbuild import build, draft
-from elfdiff.patchobject import PatchObject, Severity
+from elfdiff.patchobject import Finding, PatchObject, Severity
 
 MIN_MATCHED = 0.4
 """Share of the larger build's code that must be matched; below it these are two different programs.
@@ -25,18 +28,23 @@ The larger one's, since programs of one package share a library of their own (ls
 
 @dataclass(frozen=True)
 class Options:
-    """``lines``: include functions that differ in line numbers only; ``allow``: finding codes that only warn."""
+    """``lines``: include functions that differ in line numbers only; ``allow``: finding codes that only warn.
+
+    ``debug_dirs`` are searched for separate debug files, before the system's own.
+    """
 
     lines: bool = False
     allow: frozenset[str] = frozenset()
+    debug_dirs: tuple[Path, ...] = ()
 
 
 def diff(old_path: Path, new_path: Path, options: Options) -> PatchObject:
     """Make a patch object from two builds; its id is set when it is written.
 
-    Raises BadInput (no ELF files, two different programs), NothingToPatch, or Refused with the findings as details.
+    Raises BadInput (no ELF files, two different programs, damaged debug information), NothingToPatch, or Refused with
+    the findings.
     """
-    old_image, new_image = load_image(old_path), load_image(new_path)
+    (old_image, old_debug), (new_image, new_debug) = (_load(path, options) for path in (old_path, new_path))
     if old_image.build_id == new_image.build_id:
         raise NothingToPatch(
             f"{old_path} and {new_path} are the same build",
@@ -61,19 +69,36 @@ def diff(old_path: Path, new_path: Path, options: Options) -> PatchObject:
         )
     members = closure(comparison, seeds)
     result = draft(comparison, members, comparison.changed)
+    result.debug = old_debug, new_debug
     findings = find(result, options.allow)
-    refusals = [f for f in findings if f.severity is Severity.REFUSE]
+    refusals = tuple(f for f in findings if f.severity is Severity.REFUSE)
     if refusals:
-        details = tuple(f"{f.code}: {f.what}; {f.why}. Where: {', '.join(f.where)}. {f.lift}" for f in refusals)
-        raise Refused(
-            f"{old_path.name} -> {new_path.name}: not safe to patch ({len(refusals)} finding(s))",
-            why="; ".join(f"{f.code}: {f.what}" for f in refusals),
-            next_step=refusals[0].lift,
-            details=details,
-        )
+        raise _refused(f"{old_path.name} -> {new_path.name}", refusals)
     if not result.functions:
         raise NothingToPatch("no function differs", why="what differs was lifted by --allow")
     return build(result, findings)
+
+
+def _load(path: Path, options: Options) -> tuple[Image, DebugInfo | None]:
+    """A build, named by its separate debug file where it has no symbols itself."""
+    image = load_image(path)
+    file = find_debug_file(image, options.debug_dirs)
+    if file is None:
+        return image, None
+    if file.separate and not image.symbols.complete:
+        image = replace(image, symbols=debug_symbols(file) or image.symbols)
+    return image, DebugInfo(file) if file.described else None
+
+
+def _refused(what: str, refusals: tuple[Finding, ...]) -> Refused:
+    error = Refused(
+        f"{what}: not safe to patch ({len(refusals)} finding(s))",
+        why="; ".join(f"{f.code}: {f.what}" for f in refusals),
+        next_step=refusals[0].lift,
+        details=tuple(line for finding in refusals for line in finding.lines()),
+    )
+    error.findings = refusals
+    return error
 
 
 def _same_program(comparison: Comparison, old: Code, new: Code) -> None:

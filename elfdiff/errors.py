@@ -15,7 +15,10 @@ line is the only place that prints an error and the only one that turns it into 
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from elfdiff.patchobject import Finding
 
 EXIT_NAMES: dict[int, str] = {
     0: "ok",
@@ -69,9 +72,13 @@ class NothingToPatch(LivegraftError):
 
 
 class Refused(LivegraftError):
-    """Not safe, or not the build that the patch is for. Nothing was written."""
+    """Not safe, or not the build that the patch is for. Nothing was written.
+
+    ``findings`` are the differ's reasons, where it is the differ that refuses.
+    """
 
     exit_code = 4
+    findings: tuple[Finding, ...] = ()
 
 
 class Busy(LivegraftError):

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from elfdiff.code import TRANSFERS, Code, FieldKind
 from elfdiff.comparison import Comparison
+from elfdiff.debuginfo import DebugInfo
 from elfdiff.image import PAGE, Addresses, Image, Kind
 from elfdiff.layout_x86_64 import LayoutTraces, layout_traces
 from elfdiff.patchobject import (
@@ -29,6 +30,7 @@ from elfdiff.patchobject import (
     Segment,
 )
 from elfdiff.resolution import STUB_SIZE, Resolver
+from elfdiff.typecomparison import TypeVerdict, compare_types
 
 PF_X, PF_W, PF_R = 1, 2, 4
 MERGED_GAP = 16 * PAGE
@@ -50,6 +52,13 @@ class Draft:
     functions: tuple[PatchFunction, ...]
     resolver: Resolver
     relocations: list[tuple[int, int, int, int]] = field(default_factory=list)
+    debug: tuple[DebugInfo | None, DebugInfo | None] = (None, None)  # of the old and the new build
+
+    @cached_property
+    def types(self) -> TypeVerdict:
+        """What debug information says of the types that the patch's functions use. Raises BadInput."""
+        members = tuple(self.comparison.new.function_of(function.new_start) for function in self.functions)
+        return compare_types(self.comparison, self.debug, members)
 
     @cached_property
     def traces(self) -> tuple[LayoutTraces, ...]:
@@ -189,6 +198,7 @@ def build(result: Draft, findings: tuple[Finding, ...]) -> PatchObject:
             for i, j in comparison.line_only
         ),
         eh_frame_hdr=new.eh_frame_hdr,
+        needed=tuple(name for name in new.needed if name not in old.needed),
     )
 
 

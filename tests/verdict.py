@@ -11,7 +11,7 @@ from functools import cached_property
 
 from elfdiff.diff import Options, diff
 from elfdiff.errors import LivegraftError, NothingToPatch, Refused
-from elfdiff.patchobject import PatchFunction, PatchObject, Severity
+from elfdiff.patchobject import Finding, PatchFunction, PatchObject, Severity
 from tests.compile import Compiler
 from tests.truth import Truth, changed_functions, misbound
 
@@ -52,7 +52,12 @@ class Verdict:
         """Codes of the findings for which it was refused."""
         if not isinstance(self.error, Refused):
             return set()
-        return {line.split(":")[0] for line in self.error.details}
+        return {finding.code for finding in self.error.findings}
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """Whatever it found, refusing or not."""
+        return self.error.findings if isinstance(self.error, Refused) else self.made.findings
 
     @property
     def warned(self) -> set[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from elfdiff.findings import addresses, entries, exceptions, layout, startup
+from elfdiff.findings import addresses, entries, exceptions, layout, startup, types
 from elfdiff.patchbuild import Draft
 from elfdiff.patchobject import Finding, Severity
 
@@ -16,17 +16,22 @@ Rule = Callable[[Draft], Iterator[Finding]]
 
 
 def find(draft: Draft, allowed: frozenset[str]) -> tuple[Finding, ...]:
-    """All findings on a draft; the codes in ``allowed`` warn where they would refuse."""
+    """All findings on a draft; what would refuse and has a code in ``allowed`` warns, and says that it was lifted."""
     found = [finding for rule in RULES for finding in rule(draft)]
     return tuple(
-        replace(f, severity=Severity.WARN, lift="lifted by --allow") if f.code in allowed else f for f in found
+        replace(f, severity=Severity.WARN, lifted=True) if f.severity is Severity.REFUSE and f.code in allowed else f
+        for f in found
     )
 
 
 RULES: tuple[Rule, ...] = (
     addresses.unbound_references,
     addresses.guessed_addresses,
-    layout.struct_layout,
+    types.struct_layout,
+    types.enumerations,
+    types.variable_types,
+    types.debug_information,
+    layout.struct_signature,
     layout.allocation_sizes,
     exceptions.exceptions,
     entries.label_tables,

@@ -1,11 +1,11 @@
-"""Structures and thread-local storage that have another layout, as the code shows it."""
+"""Layouts of structures and of thread-local storage: the evidence of the code, where no types are known."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 
-from elfdiff.findings.places import MANY
+from elfdiff.findings.places import functions
 from elfdiff.patchbuild import Draft
 from elfdiff.patchobject import Finding, Severity
 
@@ -13,28 +13,33 @@ MIN_LAYOUT_FUNCTIONS = 2
 """So many functions with the same shift are a changed layout; so many shifted fields in one function as well."""
 
 
-def struct_layout(draft: Draft) -> Iterator[Finding]:
-    """Fields that moved by the same distance, or alone in a function that differs in nothing else."""
-    names = draft.comparison.new.names
-    functions: dict[int, set[int]] = defaultdict(set)
+def struct_signature(draft: Draft) -> Iterator[Finding]:
+    """Fields that moved by the same distance, or alone in a function that differs in nothing else.
+
+    Functions whose types debug information describes are left out: ``types.struct_layout`` speaks for them.
+    """
+    shifted: dict[int, set[int]] = defaultdict(set)
     fields: dict[int, Counter[tuple[int, int]]] = defaultdict(Counter)
     certain: set[int] = set()
     for trace in draft.traces:
+        if trace.fields and trace.function in draft.types.described:
+            continue
         for old, new in trace.fields:
-            functions[new - old].add(trace.function)
+            shifted[new - old].add(trace.function)
             fields[new - old][old, new] += 1
             if trace.only:
                 certain.add(new - old)
-    for delta, where in sorted(functions.items()):
-        refuse = delta in certain or max(len(where), len(fields[delta])) >= MIN_LAYOUT_FUNCTIONS
+    for delta, users in sorted(shifted.items()):
+        refuse = delta in certain or max(len(users), len(fields[delta])) >= MIN_LAYOUT_FUNCTIONS
         shown = ", ".join(f"{a:#x}->{b:#x}" for (a, b), _ in fields[delta].most_common(4))
         yield Finding(
             "struct-layout",
             Severity.REFUSE if refuse else Severity.WARN,
-            f"fields moved by {delta:+d} bytes in {len(where)} function(s): {shown}",
-            tuple(names[j] for j in sorted(where)[:MANY]),
+            f"fields moved by {delta:+d} bytes in {len(users)} function(s): {shown}",
+            functions(draft, users),
             "a structure seems to have changed its layout; objects that exist already have the old one",
-            "restart the program, or show by the sources that no structure changed and --allow struct-layout",
+            "restart the program; or show by the sources, or by debug information of both builds, that no structure "
+            "changed, and --allow struct-layout",
         )
 
 
@@ -47,7 +52,7 @@ def allocation_sizes(draft: Draft) -> Iterator[Finding]:
             Severity.REFUSE,
             f"{len(found)} constant size(s) given to an allocator differ: "
             + ", ".join(f"{a} -> {b}" for _, (a, b) in found[:4]),
-            tuple(sorted({draft.comparison.new.names[j] for j, _ in found}))[:MANY],
+            functions(draft, (j for j, _ in found)),
             "objects that exist already have the old size, and the new code may reach beyond it",
             "restart the program, or --allow allocation-size if no existing object is concerned",
         )
@@ -58,13 +63,13 @@ def tls_layout(draft: Draft) -> Iterator[Finding]:
     old, new = draft.comparison.old.image, draft.comparison.new.image
     if old.tls is None and new.tls is None:
         return
-    shifts = [(trace.function, shift) for trace in draft.traces for shift in trace.thread_local]
+    shifts = [trace.function for trace in draft.traces if trace.thread_local]
     if shifts:
         yield Finding(
             "tls-layout",
             Severity.REFUSE,
-            f"thread-local variables moved in {len({j for j, _ in shifts})} function(s)",
-            tuple(sorted({draft.comparison.new.names[j] for j, _ in shifts}))[:MANY],
+            f"thread-local variables moved in {len(set(shifts))} function(s)",
+            functions(draft, shifts),
             "the threads that run have blocks of the old layout",
             "restart the program",
         )

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from elfdiff.image import Image
+from elfdiff.patchbuild import Draft
+from elfdiff.patchobject import PatchFunction
 
 MANY = 12
 """Places that one finding names."""
+
+
+def functions(draft: Draft, indices: Iterable[int], *, old: bool = False) -> tuple[str, ...]:
+    """Functions by name, each with its source line where that is known; the first ``MANY``, and how many more."""
+    code = draft.comparison.old if old else draft.comparison.new
+    debug = draft.debug[0 if old else 1]
+    chosen = sorted(set(indices))
+    named = []
+    for index in chosen[:MANY]:
+        line = debug.line(int(code.starts[index])) if debug is not None else None
+        named.append(f"{code.names[index]} ({line})" if line else code.names[index])
+    if len(chosen) > MANY:
+        named.append(f"and {len(chosen) - MANY} more")
+    return tuple(named)
+
+
+def members(draft: Draft, chosen: Iterable[PatchFunction]) -> tuple[str, ...]:
+    """The same for functions of the patch."""
+    return functions(draft, (draft.comparison.new.function_of(function.new_start) for function in chosen))
 
 
 def where(image: Image, address: int) -> str:

@@ -3,6 +3,9 @@
 OLD is the build that runs, NEW the one that it is to become: linked ELF files, stripped or not. What differs in
 line numbers only is left out. What cannot be shown to be safe is refused with the reason (exit status 4), and
 builds without a difference that matters give no patch (exit status 3); in both cases no file is written.
+
+Debug information, in the files or in separate debug files, lets types be compared instead of guessed at, and names
+source lines.
 """
 
 from __future__ import annotations
@@ -10,6 +13,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 from typing import Any
+
+from elfdiff.findingcodes import LIFTABLE
 
 from . import Report, plural
 
@@ -21,24 +26,20 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="PATCH", help="the patch object to write")
     parser.add_argument("--lines", action="store_true", help="include functions that differ in line numbers only")
     parser.add_argument(
+        "--debug-dir",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="DIR",
+        help="look here for separate debug files, by build-id or debug link, before /usr/lib/debug (may be repeated)",
+    )
+    parser.add_argument(
         "--allow",
         action="append",
         default=[],
         metavar="CODE",
         help="let the finding CODE warn where it would refuse (may be repeated): " + ", ".join(LIFTABLE),
     )
-
-
-LIFTABLE = (
-    "allocation-size",
-    "constructors",
-    "coroutines",
-    "exceptions",
-    "initial-value",
-    "label-table",
-    "struct-layout",
-)
-"""Findings about which a maintainer can know better than the files tell."""
 
 
 def run(arguments: argparse.Namespace) -> Report:
@@ -52,7 +53,8 @@ def run(arguments: argparse.Namespace) -> Report:
     unknown = sorted(set(arguments.allow) - set(LIFTABLE))
     if unknown:
         raise BadInput(f"--allow {unknown[0]}: no such liftable finding", next_step=f"one of: {', '.join(LIFTABLE)}")
-    patch = diff(arguments.old, arguments.new, Options(arguments.lines, frozenset(arguments.allow)))
+    options = Options(arguments.lines, frozenset(arguments.allow), tuple(arguments.debug_dir))
+    patch = diff(arguments.old, arguments.new, options)
     patch = write_patch(patch, arguments.output)
     counts = summary(patch)
     json: dict[str, Any] = {"patch": str(arguments.output), **patch_json(patch)}

@@ -1,0 +1,33 @@
+"""The codes of all findings: stable names for scripts, and whether a maintainer may lift them.
+
+Light on purpose: the command line's help needs it, and nothing that is heavy.
+"""
+
+from __future__ import annotations
+
+CODES: dict[str, tuple[bool, str]] = {
+    "allocation-size": (True, "a constant size given to an allocator differs"),
+    "ambiguous-function": (False, "a function that pointers may lead to may be one or another of the new build"),
+    "calling-convention": (True, "a function is called otherwise, and not all of its callers are in the patch"),
+    "constructors": (True, "code that runs at the start of a program differs"),
+    "coroutines": (True, "the program switches between stacks of its own"),
+    "debug-info": (False, "debug information that is there could not be used"),
+    "enum-values": (True, "an enumeration gives another number to a name"),
+    "exceptions": (True, "C++ exceptions may pass through changed functions"),
+    "initial-value": (True, "a writable variable starts with another value"),
+    "label-table": (True, "a changed function has a table of code labels"),
+    "neighbour-address": (False, "a variable is bound by its neighbours alone"),
+    "new-import": (False, "the new code needs a symbol that the old build does not import"),
+    "new-library": (False, "the new build needs a library that the old one does not"),
+    "new-variable": (False, "a variable is new and lives in the patch"),
+    "no-unwind": (False, "changed code has no unwind information"),
+    "short-function": (False, "a changed function is shorter than the entry jump"),
+    "static-guard": (False, "a static variable was initialised by the old code"),
+    "struct-layout": (True, "a structure has another layout"),
+    "tls-layout": (False, "thread-local storage has another layout"),
+    "unpinned-address": (False, "an address of the new build cannot be found in the old one"),
+    "variable-size": (False, "a variable that the new code uses has another size"),
+    "variable-type": (True, "a variable that the new code may use has another type"),
+}
+"""Code -> (``--allow`` may lift it, what it says). Liftable is what a maintainer can know better than the files."""
+LIFTABLE = tuple(sorted(code for code, (liftable, _) in CODES.items() if liftable))
