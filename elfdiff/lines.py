@@ -11,37 +11,31 @@ An immediate without a file name beside it (a macro that passes ``__LINE__`` alo
 evidence, since a changed enumeration shifts arguments as well: it must be large, it must have moved exactly as the
 file-named lines around it in the same translation unit did, and the same argument of the same callee must have
 moved so with at least two different values. What is not believed is a change, and a change is only patched
-needlessly; the other error would leave a fix out.
+needlessly; the other error would leave a fix out. Where a function takes a line number behind a file name at many
+calls all over the program, what it takes there is one, however it moved (``lineparameters.py``).
 """
 
 from __future__ import annotations
 
 import bisect
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from elfdiff.code import LEA, Code, FieldKind
+from elfdiff.arguments_x86_64 import MAX_LINE, WINDOW, argument, file_loads, immediate
+from elfdiff.code import Code
 from elfdiff.decode_x86_64 import RefKind
 from elfdiff.image import Kind
+from elfdiff.lineparameters import LineParameters
 from elfdiff.matching import Matching
 from elfdiff.pairing import Alignments
 
-MAX_LINE = 200_000
-"""No source file of the programs at hand is longer; generated ones reach 150,000."""
 MIN_BARE_LINE = 64
 """Smallest line that is believed without a file name beside it; enumerations live below."""
-WINDOW = 14
-"""Instructions on either side in which the file name must be loaded and the call be made."""
 NEIGHBOURHOOD = 40
 """Functions on either side in which the translation unit's file name must be found."""
-ARGUMENT_REGISTERS = frozenset((1, 2, 6, 7, 8, 9))
-"""Numbers of rcx rdx rsi rdi r8 r9 (psABI, section 3.2.3); rax and the callee-saved ones pass no argument."""
-
-_SOURCE_FILE = re.compile(rb"[\w./+~-]*\w\.(?:c|h|cc|cpp|cxx|hh|hpp|inc|y|l|S)\Z")
 
 
 @dataclass(frozen=True)
@@ -68,7 +62,20 @@ def line_only(old: Code, new: Code, matching: Matching) -> list[tuple[int, int]]
     for pair, lines in candidates.items():
         if not lines:
             shifts.add_surviving(old, new, matching.alignments, *pair)
-    return [pair for pair, lines in found.items() if all(shifts.believed(pair[0], line) for line in lines)]
+    parameters = LineParameters(old)
+    return [
+        pair
+        for pair, lines in found.items()
+        if all(shifts.believed(pair[0], line) or _is_parameter(parameters, pair[0], line, lines) for line in lines)
+    ]
+
+
+def _is_parameter(parameters: LineParameters, function: int, line: _Line, lines: tuple[_Line, ...]) -> bool:
+    """Whether a number is given to a line parameter; where calls share their end, if others moved alike."""
+    if line.callee >= 0:
+        return parameters.register_of(line.callee) == line.register
+    moved_alike = any(line.shift == other.shift for other in lines if other.callee >= 0)
+    return moved_alike and line.register in parameters.called_by(function)
 
 
 class _Shifts:
@@ -100,14 +107,14 @@ class _Shifts:
             at = code.instructions(int(references.function[row]))
             index = int(np.searchsorted(at, references.instruction[row] - code.base))
             for k in _stretch(code, at, index):
-                register = _argument(code, int(at[k]), np.zeros(0, np.int64))
+                register = argument(code, int(at[k]), np.zeros(0, np.int64))
                 if register is not None and (_callee(code, at, k), register) in self.parameter:
-                    value = _immediate(code, int(at[k]))
+                    value = immediate(code, int(at[k]))
                     bisect.insort(self.by_file[names[int(references.target[row])]], (value, 0))
 
     def add_surviving(self, old: Code, new: Code, alignments: Alignments, i: int, j: int) -> None:
         """Lines of functions that changed otherwise, too: their surviving instructions tell how the file moved."""
-        files_old, files_new = _file_loads(old, i), _file_loads(new, j)
+        files_old, files_new = file_loads(old, i), file_loads(new, j)
         if not files_old or not files_new:
             return
         at_old, at_new = old.instructions(i), new.instructions(j)
@@ -115,12 +122,12 @@ class _Shifts:
         opcodes = old.decoded.opcode[survivors.old]
         move = (opcodes >= 0xB8) & (opcodes <= 0xBF) & (opcodes == new.decoded.opcode[survivors.new])
         for a, b in zip(survivors.old[move].tolist(), survivors.new[move].tolist(), strict=True):
-            if _argument(old, a, np.zeros(0, np.int64)) is None:
+            if argument(old, a, np.zeros(0, np.int64)) is None:
                 continue
             file = _near_file(old, at_old, int(np.searchsorted(at_old, a)), files_old)
             if file is not None and file == _near_file(new, at_new, int(np.searchsorted(at_new, b)), files_new):
-                line = _immediate(old, a)
-                bisect.insort(self.by_file.setdefault(file, []), (line, _immediate(new, b) - line))
+                line = immediate(old, a)
+                bisect.insort(self.by_file.setdefault(file, []), (line, immediate(new, b) - line))
 
     def believed(self, function: int, line: _Line) -> bool:
         if line.file is not None:
@@ -154,55 +161,20 @@ def _candidate(old: Code, new: Code, i: int, j: int) -> tuple[_Line, ...]:
     first = np.frombuffer(old.masked_bytes(i), np.uint8)
     second = np.frombuffer(new.masked_bytes(j), np.uint8)
     differing = np.nonzero(first != second)[0] + int(at_old[0])
-    files_old, files_new = _file_loads(old, i), _file_loads(new, j)
+    files_old, files_new = file_loads(old, i), file_loads(new, j)
     lines = []
     for index in np.unique(np.searchsorted(at_old, differing, "right") - 1).tolist():
         a, b = int(at_old[index]), int(at_new[index])
         inside = differing[(differing >= a) & (differing < a + int(old.decoded.length[a]))] - a
         file = _near_file(old, at_old, index, files_old)
-        register = _argument(old, a, inside)
-        values = _immediate(old, a), _immediate(new, b)
+        register = argument(old, a, inside)
+        values = immediate(old, a), immediate(new, b)
         if register is None or file != _near_file(new, at_new, index, files_new):
             return ()
         if not all(0 < value <= MAX_LINE for value in values):
             return ()
         lines.append(_Line(*values, file, _callee(old, at_old, index), register))
     return tuple(lines)
-
-
-def _argument(code: Code, a: int, inside: NDArray[np.int64]) -> int | None:
-    """The register of ``mov $imm32, argument register`` when only its immediate differs, else None."""
-    field, opcode = int(code.decoded.imm_field[a]), int(code.decoded.opcode[a])
-    if not 0xB8 <= opcode <= 0xBF or code.decoded.imm_size[a] != 4 or (inside < field).any():
-        return None
-    rex_b = field == 2 and bool(code.raw[a] & 1)
-    register = (opcode & 7) + 8 * rex_b
-    return register if register in ARGUMENT_REGISTERS else None
-
-
-def _immediate(code: Code, a: int) -> int:
-    field = a + int(code.decoded.imm_field[a])
-    return int.from_bytes(code.raw[field : field + 4].tobytes(), "little")
-
-
-def _file_loads(code: Code, function: int) -> dict[int, bytes]:
-    """Instruction offset -> the source file name whose address it loads."""
-    references, image = code.references, code.image
-    rows = references.of(function)
-    loads = {}
-    for address, kind, opcode, target in zip(
-        references.instruction[rows].tolist(),
-        references.kind[rows].tolist(),
-        references.opcode[rows].tolist(),
-        references.target[rows].tolist(),
-        strict=True,
-    ):
-        if (kind == FieldKind.MEMORY and opcode == LEA) or kind == FieldKind.ABSOLUTE_IMMEDIATE:
-            section = image.section_at(target)
-            text = image.string_at(target, 512) if section and section.kind is Kind.CONSTANT else None
-            if text and _SOURCE_FILE.match(text):
-                loads[address - code.base] = text
-    return loads
 
 
 def _near_file(code: Code, at: NDArray[np.int64], index: int, files: dict[int, bytes]) -> bytes | None:
@@ -236,6 +208,6 @@ def _callee(code: Code, at: NDArray[np.int64], index: int) -> int:
         if kind == RefKind.CALL:
             row = int(np.searchsorted(code.references.instruction, offset + code.base))
             return int(code.references.target[row])
-        if kind in (RefKind.BRANCH, RefKind.SHORT):
+        if kind in (RefKind.JUMP, RefKind.BRANCH, RefKind.SHORT):
             return -1
     return -1

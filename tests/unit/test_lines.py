@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from tests.compile import Compiler
@@ -100,3 +102,56 @@ def test_a_shifted_enumeration_without_a_file_name_is_a_change(compiled: Compile
         "edited(n) + other(n)", NEW=("", "MIDDLE,"),
     )  # fmt: skip
     assert judge(compiled, pair).check().reasons.items() >= {"edited": "code", "other": "code"}.items()
+
+
+UNITS = 4
+"""Files with so many functions each, all of which call ``note`` with their file and line."""
+
+
+def noted(shift: dict[int, int], numbers: dict[int, int], behind: str = "") -> dict[str, str]:
+    """Files whose lines from function k on moved by shift[k]; ``numbers[k]`` is passed in front of the file name."""
+    files = {}
+    for unit in range(UNITS):
+        text, line = "extern int note(int, const char *, int, int);\n", 10 + unit
+        for k in range(8):
+            line += 10 + shift.get(8 * unit + k, 0)
+            call = f'note({numbers.get(8 * unit + k, 300 + k)}, "u{unit}.c", {line}, x)'
+            text += f"SEPARATE int f{8 * unit + k}(int x) {{ {call}; return x + {k}; }}\n"
+        files[f"u{unit}.c"] = text
+    return files
+
+
+def note_pair(old: dict[str, str], new: dict[str, str]) -> Pair:
+    names = [f"f{k}" for k in range(8 * UNITS)]
+    main = "".join(f"extern int {name}(int);\n" for name in names) + (
+        'SEPARATE int note(int n, const char *f, int l, int x) { return printf("%d %s %d %d\\n", n, f, l, x); }\n'
+        "SEPARATE int step(int x) { return x * STEP; }\n"
+    )
+    files = {name: f"BODY_{name[:-2].upper()}" for name in old}
+    words = {f"BODY_{name[:-2].upper()}": (old[name], new[name]) for name in old}
+    calls = "step(n) + " + " + ".join(f"{name}(n)" for name in names)
+    return program(main, calls, files, **words, STEP=("3", "5"))
+
+
+@pytest.mark.parametrize("cc", ["gcc", "clang"])
+def test_what_a_function_takes_as_a_line_everywhere_is_one_however_it_moved(cc: str, compiled: Compiler) -> None:
+    """Each function of a file moved by another number, so that no neighbour moved alike."""
+    pair = note_pair(noted({}, {}), noted({9: 3, 10: 1, 12: 5, 13: -4, 30: 7}, {}))
+    assert judge(compiled, pair, cc=cc).reasons == {"step": "code"}
+
+
+@pytest.mark.parametrize("cc", ["gcc", "clang"])
+def test_a_number_in_another_argument_of_such_a_function_is_a_change(cc: str, compiled: Compiler) -> None:
+    pair = note_pair(noted({}, {}), noted({9: 3, 10: 1, 12: 5}, {11: 350, 20: 351}))
+    assert judge(compiled, pair, cc=cc).reasons == {"step": "code", "f11": "code", "f20": "code"}
+
+
+def test_a_level_behind_the_file_name_is_no_line(compiled: Compiler) -> None:
+    """A number that repeats itself in every file is none, whatever stands in front of it."""
+    old, new = noted({}, {}), noted({}, {})
+    for files in (old, new):
+        for name, text in files.items():
+            lines = [re.sub(r'(".*\.c"), \d+', r"\1, 70", line) for line in text.splitlines(keepends=True)]
+            files[name] = "".join(lines)
+    new["u2.c"] = new["u2.c"].replace(", 70, x)", ", 71, x)", 3).replace(", 71, x)", ", 70, x)", 2)
+    assert judge(compiled, note_pair(old, new)).check().reasons == {"step": "code", "f18": "code"}
