@@ -17,7 +17,7 @@ from elfdiff.decode_x86_64 import RefKind
 
 SAMPLE = 96
 """Calls of a function that are looked at to learn whether it takes a line number."""
-MIN_SITES, MIN_FILES = 16, 3
+MIN_SITES, MIN_FILES = 8, 3
 """So many of them pass a number behind a source file's name, of so many files, before it counts as one."""
 BEHIND = dict(pairwise(ARGUMENTS))
 """The register of the next argument: a line number follows its file name."""

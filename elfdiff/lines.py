@@ -34,6 +34,8 @@ from elfdiff.pairing import Alignments
 
 MIN_BARE_LINE = 64
 """Smallest line that is believed without a file name beside it; enumerations live below."""
+UNCONDITIONAL = (0xE9, 0xEB)
+"""``jmp`` to another place."""
 NEIGHBOURHOOD = 40
 """Functions on either side in which the translation unit's file name must be found."""
 
@@ -202,12 +204,26 @@ def _addresses_of(code: Code, texts: set[bytes]) -> dict[int, bytes]:
 
 
 def _callee(code: Code, at: NDArray[np.int64], index: int) -> int:
-    """Address of the function called next, or -1 where a branch or nothing follows."""
-    for offset in at[index + 1 : index + 1 + WINDOW].tolist():
+    """Address of the function called next, or -1 where a conditional branch or nothing follows.
+
+    Jumps inside the function are followed: calls that end alike share their end.
+    """
+    index += 1
+    for _ in range(WINDOW):
+        if not 0 <= index < len(at):
+            return -1
+        offset = int(at[index])
         kind = int(code.decoded.ref_kind[offset])
         if kind == RefKind.CALL:
             row = int(np.searchsorted(code.references.instruction, offset + code.base))
             return int(code.references.target[row])
-        if kind in (RefKind.JUMP, RefKind.BRANCH, RefKind.SHORT):
+        index += 1
+        if int(code.decoded.opcode[offset]) in UNCONDITIONAL:
+            row = int(np.searchsorted(code.references.instruction, offset + code.base))
+            target = int(code.references.target[row]) - code.base
+            index = int(np.searchsorted(at, target))
+            if index == len(at) or int(at[index]) != target:
+                return -1
+        elif kind in (RefKind.BRANCH, RefKind.SHORT):
             return -1
     return -1
