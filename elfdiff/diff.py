@@ -7,17 +7,19 @@ from pathlib import Path
 
 import numpy as np
 
-from elfdiff.closure import closure
+from elfdiff.closure import joined
 from elfdiff.code import Code, load_code
 from elfdiff.comparison import Comparison, changed_functions, compare
 from elfdiff.debugfile import debug_symbols, find_debug_file
 from elfdiff.debuginfo import DebugInfo
 from elfdiff.errors import BadInput, NothingToPatch, Refused
+from elfdiff.evidence import pack
 from elfdiff.findings import find
 from elfdiff.image import Image
 from elfdiff.imagefile import load_image
-from elfdiff.patchbuild import build, draft
-from elfdiff.patchobject import Finding, PatchObject, Severity
+from elfdiff.patchbuild import Draft, build, build_of, draft
+from elfdiff.patchobject import Build, Finding, PatchObject, Severity
+from elfdiff.reasons import collect, old_code
 
 MIN_MATCHED = 0.4
 """Share of the larger build's code that must be matched; below it these are two different programs.
@@ -38,45 +40,88 @@ class Options:
     debug_dirs: tuple[Path, ...] = ()
 
 
+@dataclass(frozen=True)
+class Analysis:
+    """What a pair of builds comes to. ``error`` says why there is no patch to be had; None: there is one.
+
+    ``draft`` is what a patch would hold, findings or not; None where the builds cannot be compared or are the same.
+    ``joined`` as ``closure.joined`` gives it.
+    """
+
+    old: Build
+    new: Build
+    error: NothingToPatch | Refused | None
+    draft: Draft | None
+    joined: dict[int, int]
+    findings: tuple[Finding, ...]
+
+    def patch(self) -> PatchObject:
+        """The draft as a patch object, whatever the findings are; only without ``error`` may it be applied."""
+        assert self.draft is not None
+        patch = build(self.draft, self.findings)
+        evidence = pack(collect(self.draft, self.joined))
+        return replace(patch, evidence=evidence, old_code=old_code(self.draft))
+
+
 def diff(old_path: Path, new_path: Path, options: Options) -> PatchObject:
     """Make a patch object from two builds; its id is set when it is written.
 
     Raises BadInput (no ELF files, two different programs, damaged debug information), NothingToPatch, or Refused with
     the findings.
     """
+    result = analyse(old_path, new_path, options)
+    if result.error is not None:
+        raise result.error
+    return result.patch()
+
+
+def analyse(old_path: Path, new_path: Path, options: Options) -> Analysis:
+    """Compare two builds, whatever comes of it. Raises BadInput as ``diff`` does."""
     (old_image, old_debug), (new_image, new_debug) = (_load(path, options) for path in (old_path, new_path))
-    if old_image.build_id == new_image.build_id:
-        raise NothingToPatch(
-            f"{old_path} and {new_path} are the same build",
-            why=f"both have build-id {old_image.build_id}",
-            next_step="name the new build second",
-        )
-    if old_image.fixed_address != new_image.fixed_address:
-        raise Refused(
-            "one build is position-independent, the other is linked at a fixed address",
-            why=f"{new_path} is {'ET_EXEC' if new_image.fixed_address else 'ET_DYN'}",
-            next_step="build both the same way",
-        )
-    old, new = load_code(old_image), load_code(new_image)
+    builds = build_of(old_image), build_of(new_image)
+    incomparable = _incomparable(old_image, new_image)
+    if incomparable is not None:
+        return Analysis(*builds, incomparable, None, {}, ())
+    try:
+        old, new = load_code(old_image), load_code(new_image)
+    except Refused as no_code:
+        return Analysis(*builds, no_code, None, {}, ())
     comparison = compare(old, new)
     _same_program(comparison, old, new)
-    seeds = changed_functions(comparison, lines=options.lines)
-    if not len(seeds) and not comparison.differing_data:
-        raise NothingToPatch(
+    members = joined(comparison, changed_functions(comparison, lines=options.lines))
+    result = draft(comparison, np.array(sorted(members), np.int64), comparison.changed)
+    result.debug = old_debug, new_debug
+    nothing = not members and not comparison.differing_data
+    findings = () if nothing else find(result, options.allow)
+    refusals = tuple(f for f in findings if f.severity is Severity.REFUSE)
+    error: NothingToPatch | Refused | None = None
+    if nothing:
+        error = NothingToPatch(
             "no difference that matters",
             why=f"{len(old)} functions are the same; {len(comparison.line_only)} differ in line numbers only",
             next_step="--lines would include those" if comparison.line_only else "",
         )
-    members = closure(comparison, seeds)
-    result = draft(comparison, members, comparison.changed)
-    result.debug = old_debug, new_debug
-    findings = find(result, options.allow)
-    refusals = tuple(f for f in findings if f.severity is Severity.REFUSE)
-    if refusals:
-        raise _refused(f"{old_path.name} -> {new_path.name}", refusals)
-    if not result.functions:
-        raise NothingToPatch("no function differs", why="what differs was lifted by --allow")
-    return build(result, findings)
+    elif refusals:
+        error = _refused(f"{old_path.name} -> {new_path.name}", refusals)
+    elif not members:
+        error = NothingToPatch("no function differs", why="what differs was lifted by --allow")
+    return Analysis(*builds, error, result, members, findings)
+
+
+def _incomparable(old: Image, new: Image) -> NothingToPatch | Refused | None:
+    if old.build_id == new.build_id:
+        return NothingToPatch(
+            f"{old.path} and {new.path} are the same build",
+            why=f"both have build-id {old.build_id}",
+            next_step="name the new build second",
+        )
+    if old.fixed_address != new.fixed_address:
+        return Refused(
+            "one build is position-independent, the other is linked at a fixed address",
+            why=f"{new.path} is {'ET_EXEC' if new.fixed_address else 'ET_DYN'}",
+            next_step="build both the same way",
+        )
+    return None
 
 
 def _load(path: Path, options: Options) -> tuple[Image, DebugInfo | None]:

@@ -181,8 +181,8 @@ def build(result: Draft, findings: tuple[Finding, ...]) -> PatchObject:
     return PatchObject(
         id="",
         tool_version=version("livegraft"),
-        old=_build_of(old),
-        new=_build_of(new),
+        old=build_of(old),
+        new=build_of(new),
         segments=_segments(result),
         functions=result.functions,
         imports=tuple(result.resolver.imports),
@@ -202,7 +202,8 @@ def build(result: Draft, findings: tuple[Finding, ...]) -> PatchObject:
     )
 
 
-def _build_of(image: Image) -> Build:
+def build_of(image: Image) -> Build:
+    """A build's identity and span."""
     return Build(image.name, image.build_id, image.base, image.high, image.fixed_address)
 
 

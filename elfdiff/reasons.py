@@ -208,7 +208,7 @@ class _Collector:
         return found
 
     def _in_segment(self, segment: Segment, root: int) -> tuple[str, str]:
-        """The first pointer or word of a segment that differs, with its offset from ``root``, the constant's beginning."""
+        """The pointer or word of a segment that differs first, with its offset from ``root``, the whole constant."""
         first, second = self.comparison.old.image, self.comparison.new.image
         size = max(segment.size, 1)
         slots = {place - segment.old for place in _slots(first, segment.old, size)}

@@ -1,0 +1,350 @@
+"""What a patch changes and why each function is in it: one value, of which text, JSON and a page are views.
+
+It is made of a patch object alone: the evidence and the old code that it carries, and the new code that it holds.
+"""
+
+from __future__ import annotations
+
+import bisect
+import difflib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import groupby, pairwise
+
+from elfdiff.codediff_x86_64 import Body, Change, Row, compare_code, read_bodies
+from elfdiff.errors import EXIT_NAMES, BadInput, LivegraftError
+from elfdiff.evidence import Evidence, EvidenceKind, FunctionEvidence, Names, Reference, unpack
+from elfdiff.patchobject import (
+    Build,
+    Finding,
+    Import,
+    LineOnly,
+    PatchFunction,
+    PatchObject,
+    Reason,
+    RemovedFunction,
+    Segment,
+)
+
+MIN_CONTAINED = 0.6
+"""Share of a function's neighbouring opcodes that another one must have, too, to be taken for an inlined copy."""
+MIN_BODY = 6
+"""Instructions of the smallest function that is recognised inside another."""
+MANY_ALIKE = 40
+"""Functions that are compared with each for one change; and inlined ones that are named."""
+MANY_NAMED = 3
+CLOSE_NAMES = 4
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What ``diff`` says of the pair: exit status and its stable name, and an error's words, empty where it is none."""
+
+    code: int
+    name: str
+    what: str
+    why: str
+    next_step: str
+
+
+@dataclass(frozen=True)
+class CodeCounts:
+    """Instructions of both codes, and how many changed in which way."""
+
+    old: int
+    new: int
+    removed: int
+    added: int
+    operand: int
+    reference: int
+
+    @property
+    def changed(self) -> int:
+        """All that are not the same."""
+        return self.removed + self.added + self.operand + self.reference
+
+
+@dataclass(frozen=True)
+class ExplainedFunction:
+    """One function of the patch. ``references``: how many of its references name what (new code).
+
+    ``old``, ``new`` and ``rows`` are its code side by side; ``old`` is None where it is new, all are empty where the
+    patch carries no explanation.
+    """
+
+    function: PatchFunction
+    evidence: tuple[Evidence, ...]
+    counts: CodeCounts | None
+    references: dict[Names, int]
+    old: Body | None = field(repr=False)
+    new: Body | None = field(repr=False)
+    rows: tuple[Row, ...] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes that the patch adds to a process, whole pages, by what they may be used for; and its code's own bytes."""
+
+    executable: int
+    constant: int
+    writable: int
+    old_code: int
+    new_code: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Everything that is to be said. ``id`` is empty for a pair of builds that is no patch object (yet).
+
+    ``complete`` is False for a patch object without evidence: then nothing is known of the codes' differences.
+    """
+
+    id: str
+    tool_version: str
+    old: Build
+    new: Build
+    verdict: Verdict
+    complete: bool
+    functions: tuple[ExplainedFunction, ...]
+    removed: tuple[RemovedFunction, ...]
+    line_only: tuple[LineOnly, ...]
+    findings: tuple[Finding, ...]
+    imports: tuple[Import, ...]
+    sizes: Sizes
+
+
+def explain(patch: PatchObject, error: LivegraftError | None = None) -> Explanation:
+    """Explain a patch object; ``error``: why there would be none. Raises BadInput if its evidence is damaged."""
+    functions = _explained(patch) if patch.evidence else tuple(_plain(function) for function in patch.functions)
+    return Explanation(
+        id=patch.id,
+        tool_version=patch.tool_version,
+        old=patch.old,
+        new=patch.new,
+        verdict=verdict(error),
+        complete=bool(patch.evidence) or not patch.functions,
+        functions=functions,
+        removed=patch.removed,
+        line_only=patch.line_only,
+        findings=patch.findings,
+        imports=patch.imports,
+        sizes=_sizes(patch),
+    )
+
+
+def verdict(error: LivegraftError | None) -> Verdict:
+    """The verdict that an error stands for; None: there is a patch."""
+    if error is None:
+        return Verdict(0, EXIT_NAMES[0], "", "", "")
+    return Verdict(error.exit_code, error.code, error.what, error.why, error.next_step)
+
+
+def select(explanation: Explanation, names: Iterable[str]) -> tuple[ExplainedFunction, ...]:
+    """The functions of these names or addresses (of either build, hexadecimal), in the patch's order.
+
+    Raises BadInput for a name that is not in the patch, with those that are close to it.
+    """
+    wanted: set[int] = set()
+    known = [_handles(item.function) for item in explanation.functions]
+    for name in names:
+        found = {k for k, handles in enumerate(known) if name in handles}
+        if not found:
+            close = difflib.get_close_matches(name, sorted(set().union(*known)), CLOSE_NAMES, 0.5)
+            raise BadInput(
+                f"{name}: no such function in the patch",
+                why=f"it holds {len(known)} function(s), none of this name or address",
+                next_step=f"one of these is close: {', '.join(close)}" if close else "livegraft inspect lists them",
+            )
+        wanted |= found
+    return tuple(item for k, item in enumerate(explanation.functions) if k in wanted)
+
+
+def _handles(function: PatchFunction) -> set[str]:
+    starts = [start for start in (function.old_start, function.new_start) if start is not None]
+    return {function.name, *(hex(start) for start in starts)}
+
+
+def _sizes(patch: PatchObject) -> Sizes:
+    by_use = Counter[int]()
+    for segment in patch.segments:
+        by_use[segment.flags & 3] += segment.size
+    return Sizes(
+        executable=by_use[1],
+        constant=by_use[0],
+        writable=by_use[2],
+        old_code=sum(f.old_size or 0 for f in patch.functions),
+        new_code=sum(f.new_size for f in patch.functions),
+    )
+
+
+# -- functions ----------------------------------------------------------------------------------------------------
+
+
+def _plain(function: PatchFunction) -> ExplainedFunction:
+    return ExplainedFunction(function, (), None, {}, None, None, ())
+
+
+def _explained(patch: PatchObject) -> tuple[ExplainedFunction, ...]:
+    evidence = unpack(patch.evidence)
+    if len(evidence) != len(patch.functions):
+        raise _inconsistent(f"{len(patch.functions)} functions, and evidence for {len(evidence)}")
+    old_parts = list(_old_parts(patch, evidence))
+    new_parts = list(_new_parts(patch, evidence))
+    bodies = read_bodies([part for part in old_parts if part is not None] + new_parts)
+    old_bodies = iter(bodies[: len(bodies) - len(new_parts)])
+    found = []
+    for function, item, part, new in zip(
+        patch.functions, evidence, old_parts, bodies[len(bodies) - len(new_parts) :], strict=True
+    ):
+        old = None if part is None else next(old_bodies)
+        rows = compare_code(old or Body(0, b"", ()), new, item.runs)
+        names = Counter(reference.names for reference in item.new)
+        counts = _counts(old, new, rows)
+        found.append(ExplainedFunction(function, item.evidence, counts, dict(names), old, new, rows))
+    return tuple(_with_code(found))
+
+
+_Part = tuple[int, bytes, tuple[Reference, ...]]
+
+
+def _old_parts(patch: PatchObject, evidence: tuple[FunctionEvidence, ...]) -> Iterator[_Part | None]:
+    at = 0
+    for function, item in zip(patch.functions, evidence, strict=True):
+        if function.old_start is None:
+            yield None
+            continue
+        size = function.old_size or 0
+        yield function.old_start, patch.old_code[at : at + size], item.old
+        at += size
+    if at != len(patch.old_code):
+        raise _inconsistent(f"{at} bytes of old code are described, {len(patch.old_code)} are there")
+
+
+def _new_parts(patch: PatchObject, evidence: tuple[FunctionEvidence, ...]) -> Iterator[_Part]:
+    segments = sorted(patch.segments, key=_start)
+    for function, item in zip(patch.functions, evidence, strict=True):
+        index = bisect.bisect_right(segments, function.new_start, key=_start) - 1
+        if index < 0:
+            raise _inconsistent(f"{function.name} lies outside the patch")
+        segment = segments[index]
+        low = function.new_start - segment.vaddr
+        if low + function.new_size > segment.size:
+            raise _inconsistent(f"{function.name} lies outside the patch")
+        code = segment.data[low : low + function.new_size].ljust(function.new_size, b"\0")
+        yield function.new_start, code, item.new
+
+
+def _start(segment: Segment) -> int:
+    return segment.vaddr
+
+
+def _counts(old: Body | None, new: Body, rows: tuple[Row, ...]) -> CodeCounts:
+    changes = Counter(row.change for row in rows)
+    return CodeCounts(
+        old=len(old.instructions) if old else 0,
+        new=len(new.instructions),
+        removed=changes[Change.REMOVED],
+        added=changes[Change.ADDED],
+        operand=changes[Change.OPERAND],
+        reference=changes[Change.REFERENCE],
+    )
+
+
+def _inconsistent(why: str) -> BadInput:
+    return BadInput(
+        "the patch object's explanation does not fit it",
+        why=why,
+        next_step="make it again: livegraft diff OLD NEW -o PATCH",
+    )
+
+
+# -- evidence that the codes give -----------------------------------------------------------------------------------
+
+
+def _with_code(found: list[ExplainedFunction]) -> Iterator[ExplainedFunction]:
+    """Put what the codes show in front of the evidence of each function that has own changes."""
+    inlined = _Inlined(found)
+    for number, item in enumerate(found):
+        if item.function.reason is not Reason.CODE:
+            yield item
+            continue
+        evidence = [Evidence(EvidenceKind.CODE), *item.evidence]
+        evidence += [Evidence(EvidenceKind.INLINED, subject=name) for name in inlined.into(number)]
+        yield ExplainedFunction(
+            item.function, tuple(evidence), item.counts, item.references, item.old, item.new, item.rows
+        )
+
+
+_Hunk = tuple[object, ...]
+
+
+class _Inlined:
+    """Which functions' change appears in which others: a compiler copies a small function into its callers.
+
+    Without debug information this is likelihood, not proof: every difference of the smaller function is found in
+    the larger one, and so is most of the rest of it.
+    """
+
+    def __init__(self, functions: list[ExplainedFunction]) -> None:
+        self.functions = functions
+        self.hunks = [Counter(_hunks(item)) if self._eligible(item) else Counter[_Hunk]() for item in functions]
+        self.by_hunk: dict[_Hunk, list[int]] = {}
+        for number, hunks in enumerate(self.hunks):
+            for hunk in hunks:
+                self.by_hunk.setdefault(hunk, []).append(number)
+        self.opcodes: dict[int, Counter[tuple[int, int]]] = {}
+
+    @staticmethod
+    def _eligible(item: ExplainedFunction) -> bool:
+        return item.function.reason is Reason.CODE and item.old is not None
+
+    def into(self, number: int) -> list[str]:
+        """Names of the functions whose change appears in this one, largest first."""
+        mine, size = self.hunks[number], len(self.functions[number].rows)
+        candidates = {other for hunk in mine for other in self.by_hunk[hunk][:MANY_ALIKE]}
+        found = []
+        for other in candidates - {number}:
+            item = self.functions[other]
+            smaller = MIN_BODY <= len(item.rows) < size
+            if smaller and not self.hunks[other] - mine and self._contained(other, number):
+                found.append((len(item.rows), item.function.name))
+        return [name for _, name in sorted(found, reverse=True)[:MANY_NAMED]]
+
+    def _contained(self, small: int, large: int) -> bool:
+        first, second = self._pairs(small), self._pairs(large)
+        return (first & second).total() >= MIN_CONTAINED * first.total()
+
+    def _pairs(self, number: int) -> Counter[tuple[int, int]]:
+        if number not in self.opcodes:
+            body = self.functions[number].new
+            opcodes = [item.opcode for item in body.instructions] if body else []
+            self.opcodes[number] = Counter(pairwise(opcodes))
+        return self.opcodes[number]
+
+
+def _hunks(item: ExplainedFunction) -> Iterator[_Hunk]:
+    """The differences of a function in terms that survive inlining: opcodes, numbers and names, no registers."""
+    old, new = item.old, item.new
+    assert old is not None and new is not None
+    for changed, rows in groupby(item.rows, key=lambda row: row.change is not Change.SAME):
+        if not changed:
+            continue
+        parts: list[object] = []
+        for row in rows:
+            one = old.instructions[row.old] if row.old is not None else None
+            other = new.instructions[row.new] if row.new is not None else None
+            if one is not None and other is not None and row.change is Change.OPERAND:
+                parts.append((one.opcode, *_tails(one.masked, other.masked)))
+            elif one is not None and other is not None:
+                labels = tuple(tuple(r.label for r in side.references) for side in (one, other))
+                parts.append((one.opcode, labels))
+            else:
+                parts.append((row.change, (one or other).opcode))  # type: ignore[union-attr]
+        yield tuple(parts)
+
+
+def _tails(one: bytes, other: bytes) -> tuple[bytes, bytes]:
+    """Two byte strings from their first difference on."""
+    common = next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return one[common:], other[common:]
