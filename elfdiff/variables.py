@@ -154,7 +154,7 @@ class Variables:
         old, new = self.old.image.symbols, self.new.image.symbols
         if not (old.complete and new.complete):
             return None
-        index = _object_at(new, target)
+        index = object_at(new, target)
         if index is None:
             return None
         start, size, name = int(new.values[index]), int(new.sizes[index]), new.names[index]
@@ -166,7 +166,7 @@ class Variables:
         return None
 
 
-def _object_at(symbols: SymbolTable, address: int) -> int | None:
+def object_at(symbols: SymbolTable, address: int) -> int | None:
     """Index of the data symbol that covers an address."""
     index = int(np.searchsorted(symbols.values, address, "right")) - 1
     while index >= 0 and (symbols.types[index] != STT_OBJECT or not symbols.sizes[index]):
@@ -177,7 +177,7 @@ def _object_at(symbols: SymbolTable, address: int) -> int | None:
 
 def _size_at(symbols: SymbolTable, address: int) -> int | None:
     """Bytes of the data symbol that starts at an address."""
-    index = _object_at(symbols, address)
+    index = object_at(symbols, address)
     return int(symbols.sizes[index]) if index is not None and symbols.values[index] == address else None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from elfdiff.findings import addresses, entries, exceptions, layout, startup, types
+from elfdiff.findings import addresses, calling, entries, exceptions, layout, startup, types
 from elfdiff.patchbuild import Draft
 from elfdiff.patchobject import Finding, Severity
 
@@ -26,6 +26,7 @@ def find(draft: Draft, allowed: frozenset[str]) -> tuple[Finding, ...]:
 
 RULES: tuple[Rule, ...] = (
     addresses.unbound_references,
+    addresses.variable_sizes,
     addresses.guessed_addresses,
     types.struct_layout,
     types.enumerations,
@@ -41,6 +42,9 @@ RULES: tuple[Rule, ...] = (
     entries.code_without_unwind,
     startup.constructors,
     startup.changed_constructors,
+    startup.static_guards,
+    calling.exported_prototypes,
+    calling.removed_callers,
     addresses.ambiguous_functions,
     entries.coroutines,
     startup.new_imports,

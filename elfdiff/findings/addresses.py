@@ -8,9 +8,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from elfdiff.code import LEA, FieldKind
-from elfdiff.findings.places import MANY, where
+from elfdiff.findings.places import MANY, functions, name_at, where
+from elfdiff.image import STT_OBJECT, Kind, SymbolTable
 from elfdiff.patchbuild import Draft
 from elfdiff.patchobject import Finding, Severity
+from elfdiff.variables import object_at
 
 
 def unbound_references(draft: Draft) -> Iterator[Finding]:
@@ -18,9 +20,11 @@ def unbound_references(draft: Draft) -> Iterator[Finding]:
     names = draft.comparison.new.names
     by_target: dict[int, set[str]] = defaultdict(set)
     why: dict[int, str] = {}
+    resized = {target for target, _, _ in resized_variables(draft)}
     for item in draft.resolver.unbound:
-        by_target[item.target].add(names[item.function] if item.function >= 0 else "data")
-        why[item.target] = item.why
+        if item.target not in resized:
+            by_target[item.target].add(names[item.function] if item.function >= 0 else "data")
+            why[item.target] = item.why
     if by_target:
         places = [
             f"{where(draft.comparison.new.image, t)} ({why[t]}) in {', '.join(sorted(by_target[t])[:3])}"
@@ -34,6 +38,65 @@ def unbound_references(draft: Draft) -> Iterator[Finding]:
             "the new code would read or write something else than the running program does",
             "builds with symbols (not stripped) say what the addresses are",
         )
+
+
+def variable_sizes(draft: Draft) -> Iterator[Finding]:
+    """A variable that the patch uses has another size by the symbols of both builds."""
+    image = draft.comparison.new.image
+    sizes = {name_at(image, target): (old, new) for target, old, new in resized_variables(draft)}
+    grown = {name: pair for name, pair in sizes.items() if pair[1] > pair[0]}
+    shrunk = {name: pair for name, pair in sizes.items() if pair[1] < pair[0]}
+    if grown:
+        yield Finding(
+            "variable-size",
+            Severity.REFUSE,
+            f"{len(grown)} variable(s) that the new code uses grew",
+            tuple(f"{name}: {a} -> {b} bytes" for name, (a, b) in sorted(grown.items())[:MANY]),
+            "the running program has room for the old size, and behind that lies another variable",
+            "restart the program",
+        )
+    if shrunk:
+        yield Finding(
+            "variable-size",
+            Severity.WARN,
+            f"{len(shrunk)} variable(s) that the new code uses shrank",
+            tuple(f"{name}: {a} -> {b} bytes" for name, (a, b) in sorted(shrunk.items())[:MANY]),
+            "the running program keeps all of it; the new code does not look at the rest",
+            "nothing to do",
+        )
+
+
+def resized_variables(draft: Draft) -> list[tuple[int, int, int]]:
+    """(new address used by the patch, old size, new size) of variables whose symbols differ in size.
+
+    The address map must know them, or their names be unique in both builds.
+    """
+    comparison = draft.comparison
+    old, new = comparison.old.image.symbols, comparison.new.image.symbols
+    references, mapped = comparison.new.references, draft.resolver.variables.mapped
+    used = {int(references.target[row]) for row in draft.resolver.resolved}
+    used |= {item.target for item in draft.resolver.unbound}
+    named = _variables_by_name(old), _variables_by_name(new)
+    found = []
+    for target in sorted(used):
+        writable = comparison.new.image.kind_at(target) in (Kind.DATA, Kind.BSS)
+        index = object_at(new, target) if writable else None
+        if index is None:
+            continue
+        at, name = mapped.get(int(new.values[index])), new.names[index]
+        other = object_at(old, at) if at is not None else None
+        if at is None and len(named[0].get(name, ())) == 1 == len(named[1].get(name, ())):
+            other = named[0][name][0]
+        if other is not None and old.sizes[other] != new.sizes[index]:
+            found.append((target, int(old.sizes[other]), int(new.sizes[index])))
+    return found
+
+
+def _variables_by_name(symbols: SymbolTable) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = defaultdict(list)
+    for index in np.nonzero(symbols.types == STT_OBJECT)[0].tolist():
+        found[symbols.names[index]].append(index)
+    return found
 
 
 def guessed_addresses(draft: Draft) -> Iterator[Finding]:
@@ -62,7 +125,7 @@ def ambiguous_functions(draft: Draft) -> Iterator[Finding]:
             "ambiguous-function",
             Severity.REFUSE,
             f"{len(doubtful)} function(s) of the old build may be one or another function of the new one",
-            tuple(old.names[i] for i in doubtful[:MANY]),
+            functions(draft, doubtful, old=True),
             "their bytes say one thing, what refers to them another; pointers to them may be stored in live data",
             "restart the program",
         )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from elfdiff.findings.places import MANY, where
+from elfdiff.findings.places import MANY, functions, where
 from elfdiff.patchbuild import Draft
 from elfdiff.patchobject import Finding, PatchFunction, Severity
 
@@ -61,13 +61,13 @@ def code_without_unwind(draft: Draft) -> Iterator[Finding]:
         uncertain = not (code.has_unwind[j] and code.sound[j])
         uncertain |= i >= 0 and not (draft.comparison.old.has_unwind[i] and draft.comparison.old.sound[i])
         if uncertain:
-            places.append(function.name)
+            places.append(j)
     if places:
         yield Finding(
             "no-unwind",
             Severity.REFUSE,
             f"{len(places)} changed stretch(es) of code have no unwind information or hold data",
-            tuple(places[:MANY]),
+            functions(draft, places),
             "neither their bounds nor whether a thread is in them can be told",
             "restart the program",
         )

@@ -35,12 +35,26 @@ def members(draft: Draft, chosen: Iterable[PatchFunction]) -> tuple[str, ...]:
 
 def where(image: Image, address: int) -> str:
     """An address with its symbol, where there is one."""
+    found = _symbol_at(image, address)
+    if found is not None:
+        name, offset = found
+        return f"{name}{f'+{offset:#x}' if offset else ''}"
+    section = image.section_at(address)
+    return f"{address:#x} in {section.name}" if section else f"{address:#x}"
+
+
+def name_at(image: Image, address: int) -> str:
+    """The symbol that covers an address, or the address."""
+    found = _symbol_at(image, address)
+    return found[0] if found is not None else f"{address:#x}"
+
+
+def _symbol_at(image: Image, address: int) -> tuple[str, int] | None:
+    """Name of the symbol that covers an address, and the distance from its start."""
     symbols = image.symbols
     index = int(np.searchsorted(symbols.values, address, "right")) - 1
     while index >= 0 and symbols.values[index] == address and not symbols.sizes[index]:
         index -= 1
     if index >= 0 and symbols.values[index] <= address < symbols.values[index] + symbols.sizes[index]:
-        offset = address - int(symbols.values[index])
-        return f"{symbols.names[index]}{f'+{offset:#x}' if offset else ''}"
-    section = image.section_at(address)
-    return f"{address:#x} in {section.name}" if section else f"{address:#x}"
+        return symbols.names[index], address - int(symbols.values[index])
+    return None

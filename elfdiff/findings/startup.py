@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from elfdiff.findings.places import MANY
+from elfdiff.findings.places import MANY, members
 from elfdiff.patchbuild import Draft
-from elfdiff.patchobject import Finding, Severity
+from elfdiff.patchobject import Finding, Reason, Severity
 
 
 def constructors(draft: Draft) -> Iterator[Finding]:
@@ -30,13 +30,13 @@ def changed_constructors(draft: Draft) -> Iterator[Finding]:
     old = draft.comparison.old.image
     sections = [s for name in (".preinit_array", ".init_array") if (s := old.section(name))]
     started = {old.pointer_at(place) for s in sections for place in range(s.start, s.end, 8)}
-    found = [f.name for f in draft.functions if f.old_start in started]
+    found = [f for f in draft.functions if f.old_start in started]
     if found:
         yield Finding(
             "constructors",
             Severity.REFUSE,
             f"{len(found)} constructor(s) changed",
-            tuple(found[:MANY]),
+            members(draft, found),
             "they ran when the program started, and what they set up would be otherwise now",
             "if the running state may stay, --allow constructors",
         )
@@ -49,11 +49,11 @@ def new_imports(draft: Draft) -> Iterator[Finding]:
     if missing:
         yield Finding(
             "new-library",
-            Severity.REFUSE,
+            Severity.WARN,
             f"the new build needs {len(missing)} more librar(ies)",
             tuple(sorted(missing)),
-            "the running program has not loaded them",
-            "restart the program",
+            "the patch is refused by a process that did not load them when it started",
+            "nothing to do",
         )
     if imports:
         yield Finding(
@@ -62,5 +62,32 @@ def new_imports(draft: Draft) -> Iterator[Finding]:
             f"{len(imports)} import(s) that the old build does not have",
             tuple(f"{i.name}@{i.version}" if i.version else i.name for i in imports[:MANY]),
             "they are bound when the patch is applied, and refused if no loaded library has them",
+            "nothing to do",
+        )
+
+
+def static_guards(draft: Draft) -> Iterator[Finding]:
+    """A changed function that initialises static variables at its first call (Itanium C++ ABI, section 3.3.3).
+
+    What the old code initialised already is not initialised again: its guard is set.
+    """
+    code = draft.comparison.new
+    guarded = {
+        stub
+        for stub, address in code.image.plt.items()
+        if (slot := code.image.slots.get(address)) is not None and slot.symbol == "__cxa_guard_acquire"
+    }
+    found = []
+    for function in draft.functions:
+        row = code.references.of(code.function_of(function.new_start))
+        if function.reason is Reason.CODE and guarded.intersection(code.references.target[row].tolist()):
+            found.append(function)
+    if found:
+        yield Finding(
+            "static-guard",
+            Severity.WARN,
+            f"{len(found)} changed function(s) initialise static variables at their first call",
+            members(draft, found),
+            "a variable that the old code initialised keeps its value, whatever the new code would give it",
             "nothing to do",
         )
