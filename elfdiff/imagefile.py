@@ -1,19 +1,42 @@
-"""Reading an ELF file into an ``Image``; the only place that knows the file format's tables.
-
-pyelftools reads the headers; tables that are long, or whose counts a damaged file could make endless, are read here.
-"""
+"""From an ELF file to an ``Image``: what its tables say of the memory that it will be (gABI, psABI)."""
 
 from __future__ import annotations
 
-import io
-import mmap
 import struct
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from elfdiff.elffile import (
+    ET_EXEC,
+    NHDR,
+    NT_GNU_BUILD_ID,
+    PT_LOAD,
+    PT_NOTE,
+    PT_TLS,
+    SHF_ALLOC,
+    SHF_EXECINSTR,
+    SHF_TLS,
+    SHF_WRITE,
+    SHT_DYNAMIC,
+    SHT_DYNSYM,
+    SHT_GNU_VERNEED,
+    SHT_GNU_VERSYM,
+    SHT_NOBITS,
+    SHT_PROGBITS,
+    SHT_REL,
+    SHT_RELA,
+    SHT_RELR,
+    SHT_SYMTAB,
+    USER_SPACE,
+    ElfFile,
+    ProgramHeader,
+    SectionHeader,
+    damaged,
+    open_elf,
+)
 from elfdiff.errors import BadInput, Refused
 from elfdiff.image import (
     MAX_SPAN,
@@ -34,100 +57,39 @@ from elfdiff.image import (
     SymbolTable,
     TlsTemplate,
 )
-
-if TYPE_CHECKING:
-    from elftools.elf.elffile import ELFFile
-
+from elfdiff.linkage_x86_64 import linkage_stubs
 
 VERNEED = struct.Struct("<HHIII")  # Elf64_Verneed: version, count, file, first auxiliary, next
 VERNAUX = struct.Struct("<IHHII")  # Elf64_Vernaux: hash, flags, index, name, next
-DT_NEEDED = 1
+DT_NEEDED, DT_RELA, DT_RELASZ = 1, 7, 8
+R_X86_64_NONE = 0
+STB_WEAK = 2
+RELR_DTYPE = np.dtype([("word", "<u8")])
+DYNAMIC_DTYPE = np.dtype([("tag", "<i8"), ("value", "<u8")])
+MAX_TLS = 1 << 31
+MAX_NOTES = 1 << 20
 
 
 def load_image(path: Path) -> Image:
     """Read an ELF file. Raises BadInput for what is no linked x86-64 ELF program, Refused for what we cannot judge."""
-    from elftools.common.exceptions import ELFError  # noqa: PLC0415  (60 ms, needed here only)
-    from elftools.construct import ConstructError  # noqa: PLC0415
-
-    try:
-        with open(path, "rb") as stream:
-            size = stream.seek(0, 2)
-            if size == 0:
-                raise BadInput(f"{path}: the file is empty", next_step="name a linked ELF program or library")
-            view = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-            return _Reader(path, np.frombuffer(view, np.uint8)).image()
-    except OSError as error:
-        raise BadInput(f"{path}: {error.strerror}", why=str(error), next_step="name two existing ELF files") from error
-    except (ELFError, ConstructError, UnicodeDecodeError, AssertionError) as error:
-        raise _damaged(path, str(error) or type(error).__name__) from error
-
-
-def _damaged(path: Path, why: str) -> BadInput:
-    return BadInput(f"{path}: not a readable ELF file", why=why, next_step="the file is cut or damaged; take it again")
-
-
-_OBJECT_TYPES = {
-    "ET_REL": ("an object file (.o)", "link it first: livegraft compares linked programs and libraries"),
-    "ET_CORE": ("a core file", "name the program that dumped it instead"),
-    "ET_NONE": ("an ELF file of no type", "name a linked program or library"),
-}
+    with open_elf(path) as file:
+        return _Reader(file).image()
 
 
 class _Reader:
     """Collects the parts of an Image from one file; lives only while loading."""
 
-    def __init__(self, path: Path, raw: NDArray[np.uint8]) -> None:
-        from elftools.elf.elffile import ELFFile  # noqa: PLC0415
-
-        self.path = path
-        self.raw = raw
-        if raw[:4].tobytes() != b"\x7fELF":
-            raise BadInput(
-                f"{path}: not an ELF file",
-                why=f"it starts with {raw[:4].tobytes()!r}",
-                next_step="name a linked ELF program or library (a script's interpreter, not the script)",
-            )
-        self._check_identity(raw[:64].tobytes())
-        self._check_tables(raw[:64].tobytes())
-        self.elf: ELFFile = ELFFile(io.BytesIO(raw.tobytes()))
-        header = self.elf.header
-        kind = header["e_type"]
-        if kind in _OBJECT_TYPES:
-            what, hint = _OBJECT_TYPES[kind]
-            raise BadInput(f"{path}: this is {what}, not a linked program", next_step=hint)
-        if kind not in ("ET_EXEC", "ET_DYN"):
-            raise _damaged(path, f"ELF type {kind}")
-        self.fixed_address = kind == "ET_EXEC"
-
-    def _check_identity(self, head: bytes) -> None:
-        if len(head) < 64:
-            raise _damaged(self.path, f"only {len(head)} bytes long")
-        machine = int.from_bytes(head[18:20], "little" if head[5] == 1 else "big")
-        if head[4] != 2 or head[5] != 1 or machine != 62:
-            bits = {1: "32-bit", 2: "64-bit"}.get(head[4], "unknown-class")
-            raise BadInput(
-                f"{self.path}: not an x86-64 program",
-                why=f"{bits} ELF for machine {machine} (x86-64 is 64-bit, machine 62)",
-                next_step="only x86-64 is supported so far",
-            )
-
-    def _check_tables(self, head: bytes) -> None:
-        """The header tables lie in the file, and so does every section (gABI, ELF header)."""
-        tables = struct.unpack_from("<QQIHHHHHH", head, 0x20)
-        program, section, _, _, program_size, program_count, section_size, section_count, _ = tables
-        if program + program_size * program_count > len(self.raw) or program_size not in (0, 56):
-            raise _damaged(self.path, "its program headers lie behind its end")
-        if section + section_size * section_count > len(self.raw) or section_size not in (0, 64):
-            raise _damaged(self.path, "its section headers lie behind its end")
-        for number in range(section_count):
-            kind = struct.unpack_from("<I", self.raw[section + 64 * number :][:8].tobytes(), 4)[0]
-            offset, size = struct.unpack("<QQ", self.raw[section + 64 * number + 24 :][:16].tobytes())
-            if kind not in (0, 8) and offset + size > len(self.raw):  # SHT_NULL, SHT_NOBITS
-                raise _damaged(self.path, f"section {number} lies behind its end")
+    def __init__(self, file: ElfFile) -> None:
+        self.file = file
+        self.path = file.path
+        self.fixed_address = file.type == ET_EXEC
+        self._require_code()
+        self.dynamic_symbols = file.table(file.section(".dynsym", SHT_DYNSYM), SYMBOL_DTYPE)
+        self.dynamic_strings = file.strings(".dynstr")
 
     def image(self) -> Image:
-        segments, tls, base, memory = self._load()
-        sections = self._sections(base, base + len(memory))
+        segments, base, memory = self._load()
+        sections = self._sections(base, memory)
         by_name = {s.name: s for s in sections}
         relative_places, relative_targets, slots = self._relocations(base, memory)
         if self.fixed_address:
@@ -151,8 +113,8 @@ class _Reader:
             relative_places=relative_places,
             relative_targets=relative_targets,
             slots=slots,
-            plt=_linkage_stubs(sections, base, memory, slots),
-            tls=tls,
+            plt=linkage_stubs(sections, base, memory, slots),
+            tls=self._tls(base, memory),
             eh_frame_hdr=header.start if header else None,
             eh_frame=(eh_frame.start, eh_frame.end - eh_frame.start),
             symbols=self._symbols(),
@@ -161,173 +123,257 @@ class _Reader:
             needed=self._needed(),
         )
 
-    def _load(self) -> tuple[tuple[LoadSegment, ...], TlsTemplate | None, int, NDArray[np.uint8]]:
-        loads, tls = [], None
-        for header in (segment.header for segment in self.elf.iter_segments()):
-            if header["p_type"] == "PT_TLS":
-                tls = TlsTemplate(header["p_vaddr"], header["p_filesz"], header["p_memsz"], header["p_align"])
-            if header["p_type"] == "PT_LOAD":
-                loads.append(header)
-        if not loads:
-            raise _damaged(self.path, "no PT_LOAD program header")
-        base = min(h["p_vaddr"] for h in loads) & -PAGE
-        high = (max(h["p_vaddr"] + h["p_memsz"] for h in loads) + PAGE - 1) & -PAGE
-        if high - base > MAX_SPAN:
-            raise _damaged(self.path, f"its segments span {high - base:#x} bytes")
-        memory = np.zeros(high - base, np.uint8)
-        for h in loads:
-            end = h["p_offset"] + h["p_filesz"]
-            if end > len(self.raw) or h["p_filesz"] > h["p_memsz"]:
-                raise _damaged(self.path, f"a segment ends at byte {end}, the file at {len(self.raw)}")
-            start = h["p_vaddr"] - base
-            memory[start : start + h["p_filesz"]] = self.raw[h["p_offset"] : end]
-        segments = tuple(LoadSegment(h["p_vaddr"], h["p_memsz"], h["p_filesz"], h["p_flags"]) for h in loads)
-        return segments, tls, base, memory
+    def _damaged(self, why: str) -> BadInput:
+        return damaged(self.path, why)
 
-    def _sections(self, base: int, high: int) -> tuple[Section, ...]:
-        if self.elf.num_sections() == 0:
+    def _require_code(self) -> None:
+        """The file holds the program itself, with section headers."""
+        sections = self.file.sections
+        if not sections:
             raise Refused(
                 f"{self.path}: the file has no section headers",
                 why="they were cut off (sstrip, or a packer)",
                 next_step="use the file as its package ships it",
             )
+        code = [s for s in sections if s.flags & SHF_ALLOC and s.flags & SHF_EXECINSTR and s.size]
+        if code and all(s.type == SHT_NOBITS for s in code):
+            raise BadInput(
+                f"{self.path}: this is a separate debug file, without the code",
+                why=f"its section {code[0].name} has no content (objcopy --only-keep-debug)",
+                next_step="name the program or library itself",
+            )
+        if any(s.name == ".livegraft" for s in sections):
+            raise BadInput(
+                f"{self.path}: this is a patch object, not a build",
+                why="it has a section .livegraft",
+                next_step="name two builds of a program; a patch object goes to: livegraft apply",
+            )
+
+    def _load(self) -> tuple[tuple[LoadSegment, ...], int, NDArray[np.uint8]]:
+        """(segments, base, memory); segments rise and do not overlap (gABI, "Program Header", PT_LOAD)."""
+        loads = [header for header in self.file.segments if header.type == PT_LOAD and header.memsz]
+        if not loads:
+            raise self._damaged("no PT_LOAD program header")
+        for one, other in pairwise(loads):
+            if one.vaddr + one.memsz > other.vaddr:
+                raise self._damaged(f"the segments at {one.vaddr:#x} and {other.vaddr:#x} overlap or are out of order")
+        base = loads[0].vaddr & -PAGE
+        high = (loads[-1].vaddr + loads[-1].memsz + PAGE - 1) & -PAGE
+        if high - base > MAX_SPAN:
+            raise self._damaged(f"its segments span {high - base:#x} bytes")
+        memory = np.zeros(high - base, np.uint8)
+        for header in loads:
+            start = header.vaddr - base
+            self.file.read_into(header.offset, memory[start : start + header.filesz].data)
+        return tuple(LoadSegment(h.vaddr, h.memsz, h.filesz, h.flags) for h in loads), base, memory
+
+    def _tls(self, base: int, memory: NDArray[np.uint8]) -> TlsTemplate | None:
+        header = next((header for header in self.file.segments if header.type == PT_TLS), None)
+        if header is None:
+            return None
+        inside = base <= header.vaddr and header.vaddr + header.filesz <= base + len(memory)
+        if not inside or header.memsz > MAX_TLS or header.align & (header.align - 1):
+            raise self._damaged(
+                f"thread-local storage at {header.vaddr:#x} (+{header.memsz:#x}), aligned to {header.align:#x}"
+            )
+        return TlsTemplate(header.vaddr, header.filesz, header.memsz, header.align)
+
+    def _sections(self, base: int, memory: NDArray[np.uint8]) -> tuple[Section, ...]:
+        """The allocated sections by address; they do not overlap and say of the file what the segments say."""
         found = []
-        for section in self.elf.iter_sections():
-            h = section.header
-            size, start = h["sh_size"], h["sh_addr"]
-            thread_bss = h["sh_flags"] & 0x400 and h["sh_type"] == "SHT_NOBITS"
-            if not h["sh_flags"] & 0x2 or size == 0 or thread_bss:  # SHF_ALLOC
+        for header in self.file.sections:
+            thread_bss = header.flags & SHF_TLS and header.type == SHT_NOBITS
+            if not header.flags & SHF_ALLOC or header.size == 0 or thread_bss:
                 continue
-            if start < base or start + size > high:
-                raise _damaged(self.path, f"section {section.name} lies outside the segments")
-            loaded_end = start if h["sh_type"] == "SHT_NOBITS" else start + size
-            kind = _kind(section.name, h["sh_type"], h["sh_flags"])
-            found.append(Section(section.name, start, start + size, kind, loaded_end))
-        return tuple(sorted(found, key=lambda s: s.start))
+            start, end = header.address, header.address + header.size
+            if start < base or end > base + len(memory):
+                raise self._damaged(f"section {header.name} lies outside the segments")
+            self._require_agreement(header)
+            loaded_end = start if header.type == SHT_NOBITS else end
+            found.append(Section(header.name, start, end, _kind(header), loaded_end))
+        found.sort(key=lambda s: s.start)
+        for one, other in pairwise(found):
+            if one.end > other.start:
+                raise self._damaged(f"the sections {one.name} and {other.name} overlap")
+        return tuple(found)
 
-    def _array(self, name: str, dtype: np.dtype[np.void]) -> NDArray[np.void]:
-        section = self.elf.get_section_by_name(name)
-        if section is None or section.header["sh_type"] == "SHT_NOBITS":
-            return np.zeros(0, dtype)
-        start, size = section.header["sh_offset"], section.header["sh_size"]
-        if start + size > len(self.raw):
-            raise _damaged(self.path, f"section {name} ends at byte {start + size}")
-        size -= size % dtype.itemsize
-        return np.frombuffer(self.raw[start : start + size].tobytes(), dtype)
-
-    def _bytes(self, name: str) -> bytes:
-        return self._array(name, np.dtype([("byte", "u1")])).tobytes()
+    def _require_agreement(self, header: SectionHeader) -> None:
+        """A section's content is where its segment has it: two readers of the file read the same."""
+        if header.type == SHT_NOBITS:
+            return
+        for segment in self.file.segments:
+            if segment.type == PT_LOAD and 0 <= header.address - segment.vaddr < segment.filesz:
+                inside = header.address + header.size <= segment.vaddr + segment.filesz
+                if inside and header.offset - segment.offset == header.address - segment.vaddr:
+                    return
+        raise self._damaged(f"section {header.name} lies elsewhere in the file than the segments say")
 
     def _relocations(self, base: int, memory: NDArray[np.uint8]) -> tuple[Addresses, Addresses, dict[int, Slot]]:
+        """(places, targets) of the relative relocations, by place, and the symbolic slots."""
         places, targets, slots = [], [], {}
-        symbols = self._array(".dynsym", SYMBOL_DTYPE)
-        strings = self._bytes(".dynstr")
         versions = self._versions()
-        for name in (".rela.dyn", ".rela.plt", ".rela.iplt"):
-            table = self._array(name, RELA_DTYPE)
+        for section in self._relocation_sections():
+            table = self.file.table(section, RELA_DTYPE)
+            table = table[table["info"] & 0xFFFFFFFF != R_X86_64_NONE]
+            if np.any((table["offset"] < base) | (table["offset"] > base + len(memory) - 8)):
+                raise self._damaged(f"a relocation of {section.name} lies outside the segments")
             types, indices = table["info"] & 0xFFFFFFFF, table["info"] >> np.uint64(32)
             relative = types == R_X86_64_RELATIVE
             places.append(table["offset"][relative].astype(np.int64))
             targets.append(table["addend"][relative])
             for row, kind, index in zip(table[~relative], types[~relative], indices[~relative], strict=True):
-                if int(index) >= max(1, len(symbols)):
-                    raise _damaged(self.path, f"{name} names symbol {index} of {len(symbols)}")
-                symbol = _string(strings, int(symbols["name"][index])) if index else ""
+                symbol = self._symbol_name(section.name, int(index))
                 version = versions.get(int(index), "")
-                slots[int(row["offset"])] = Slot(int(kind), symbol, version, int(row["addend"]))
-        packed = _unpack_relr(self._array(".relr.dyn", np.dtype([("word", "<u8")]))["word"])
+                weak = bool(index) and int(self.dynamic_symbols["info"][int(index)]) >> 4 == STB_WEAK
+                slots[int(row["offset"])] = Slot(int(kind), symbol, version, int(row["addend"]), weak)
+        words = self.file.table(self.file.section(".relr.dyn", SHT_RELR), RELR_DTYPE)["word"]
+        packed = _unpack_relr(self.path, words, base, base + len(memory))
         places.append(packed)
         targets.append(_words_at(memory, packed - base))
         place = np.concatenate(places)
         order = np.argsort(place, kind="stable")
         return place[order], np.concatenate(targets).astype(np.int64)[order], slots
 
+    def _relocation_sections(self) -> list[SectionHeader]:
+        """What the dynamic linker applies; it goes by addresses, so nothing of its table may be left over."""
+        loaded = [s for s in self.file.sections if s.flags & SHF_ALLOC and s.size]
+        if any(s.type == SHT_REL for s in loaded):
+            raise self._damaged("it has relocations without addends (SHT_REL), which x86-64 does not know")
+        tables = sorted((s for s in loaded if s.type == SHT_RELA), key=lambda s: s.address)
+        entries = dict(zip(*(self._dynamic()[name].tolist() for name in ("tag", "value")), strict=True))
+        at, size = entries.get(DT_RELA, 0), entries.get(DT_RELASZ, 0)
+        end = at + size
+        for table in tables:
+            if table.address <= at < table.address + table.size:
+                at = table.address + table.size
+        if size and at < end:
+            raise Refused(
+                f"{self.path}: relocations from {at:#x} to {end:#x} are in no section",
+                why="the dynamic section names them, but no section header of type SHT_RELA covers them",
+                next_step="use the file as its package ships it",
+            )
+        return tables
+
+    def _symbol_name(self, table: str, index: int) -> str:
+        if index == 0:
+            return ""
+        if index >= len(self.dynamic_symbols):
+            raise self._damaged(f"{table} names symbol {index} of {len(self.dynamic_symbols)}")
+        return self.dynamic_strings.at(int(self.dynamic_symbols["name"][index]))
+
     def _versions(self) -> dict[int, str]:
         """Symbol index -> version name, for versions that other libraries provide (gABI: .gnu.version_r)."""
-        table = self._array(".gnu.version", np.dtype([("index", "<u2")]))["index"]
-        needs, strings = self._bytes(".gnu.version_r"), self._bytes(".dynstr")
+        section = self.file.section(".gnu.version", SHT_GNU_VERSYM)
+        table = self.file.table(section, np.dtype([("index", "<u2")]))["index"]
+        needs = self.file.content(self.file.section(".gnu.version_r", SHT_GNU_VERNEED))
         names: dict[int, str] = {}
-        group = 0
-        while group + VERNEED.size <= len(needs):
-            _, count, _, first, following = VERNEED.unpack_from(needs, group)
+        group, left = 0, len(needs) // VERNAUX.size
+        while len(needs):
+            _, count, _, first, following = self._version_row(VERNEED, needs, group)
             at = group + first
             for _ in range(count):
-                if at + VERNAUX.size > len(needs):
-                    raise _damaged(self.path, ".gnu.version_r leads behind its end")
-                _, _, index, name, step = VERNAUX.unpack_from(needs, at)
-                names[index & 0x7FFF] = _string(strings, name)
-                if not step:
-                    break
+                left -= 1
+                if left < 0:
+                    raise self._damaged(".gnu.version_r has more entries than fit in it")
+                _, _, index, name, step = self._version_row(VERNAUX, needs, at)
+                names[index & 0x7FFF] = self.dynamic_strings.at(name)
                 at += step
             if not following:
                 break
             group += following
-        return {k: names[int(v) & 0x7FFF] for k, v in enumerate(table) if int(v) & 0x7FFF in names}
+        return {k: names[v & 0x7FFF] for k, v in enumerate(table.tolist()) if v & 0x7FFF in names}
+
+    def _version_row(self, kind: struct.Struct, needs: bytes, at: int) -> tuple[int, ...]:
+        if at + kind.size > len(needs):
+            raise self._damaged(f".gnu.version_r, of {len(needs)} bytes, leads to byte {at}")
+        return kind.unpack_from(needs, at)
 
     def _symbols(self) -> SymbolTable:
-        table, strings = self._array(".symtab", SYMBOL_DTYPE), self._bytes(".strtab")
-        complete = bool(len(table))
-        if not complete:
-            table, strings = self._array(".dynsym", SYMBOL_DTYPE), self._bytes(".dynstr")
+        section = self.file.section(".symtab", SHT_SYMTAB)
+        complete = section is not None and section.size > 0
+        table = self.file.table(section, SYMBOL_DTYPE) if complete else self.dynamic_symbols
+        strings = self.file.strings(".strtab") if complete else self.dynamic_strings
         types = table["info"] & 0xF
         wanted = np.isin(types, (STT_OBJECT, STT_FUNC, STT_GNU_IFUNC, 0)) & (table["shndx"] != 0)
         wanted &= (table["shndx"] < 0xFF00) & (table["name"] != 0)
         table, types = table[wanted], types[wanted]
+        self._require_addresses(table)
         order = np.argsort(table["value"], kind="stable")
         return SymbolTable(
             values=table["value"][order].astype(np.int64),
             sizes=table["size"][order].astype(np.int64),
             types=types[order],
-            names=tuple(_string(strings, int(offset)) for offset in table["name"][order]),
+            names=tuple(strings.at(offset) for offset in table["name"][order].tolist()),
             complete=complete,
         )
 
+    def _require_addresses(self, table: NDArray[np.void]) -> None:
+        if np.any(table["value"] > USER_SPACE) or np.any(table["size"] > USER_SPACE):
+            raise self._damaged("a symbol's address or size is not one of a program")
+
     def _exports(self) -> dict[str, int]:
-        table, strings = self._array(".dynsym", SYMBOL_DTYPE), self._bytes(".dynstr")
+        table = self.dynamic_symbols
         types = table["info"] & 0xF
         defined = (table["shndx"] != 0) & (table["shndx"] < 0xFF00)
         table = table[defined & np.isin(types, (STT_OBJECT, STT_FUNC, STT_GNU_IFUNC))]
-        return {
-            _string(strings, int(name)): int(value) for name, value in zip(table["name"], table["value"], strict=True)
-        }
+        self._require_addresses(table)
+        rows = zip(table["name"].tolist(), table["value"].tolist(), strict=True)
+        return {self.dynamic_strings.at(name): value for name, value in rows}
 
     def _build_id(self) -> str:
-        from elftools.elf.sections import NoteSection  # noqa: PLC0415
-
-        for section in self.elf.iter_sections():
-            if isinstance(section, NoteSection):
-                for note in section.iter_notes():
-                    if note["n_type"] == "NT_GNU_BUILD_ID":
-                        return str(note["n_desc"])
+        """NT_GNU_BUILD_ID in a PT_NOTE segment: what a process has in memory, too."""
+        for header in self.file.segments:
+            if header.type == PT_NOTE:
+                found = self._build_id_in(header)
+                if found:
+                    return found
         raise Refused(
             f"{self.path}: the file has no build-id",
             why="a patch object is tied to one build, and the build-id is what names it in a process",
             next_step="link with -Wl,--build-id",
         )
 
+    def _build_id_in(self, header: ProgramHeader) -> str:
+        """Walks the notes of a segment (gABI, "Note Section"): name and description are padded to its alignment."""
+        if header.filesz > MAX_NOTES:
+            raise self._damaged(f"a note segment of {header.filesz} bytes is not believed")
+        notes, at, align = self.file.read(header.offset, header.filesz), 0, 8 if header.align == 8 else 4
+        while at + NHDR.size <= len(notes):
+            name_size, size, kind = NHDR.unpack_from(notes, at)
+            name = at + NHDR.size
+            start = (name + name_size + align - 1) & -align
+            if start + size > len(notes):
+                raise self._damaged(f"the note at byte {header.offset + at:#x} leads behind its segment")
+            if kind == NT_GNU_BUILD_ID and notes[name : name + name_size] == b"GNU\0":
+                return notes[start : start + size].hex()
+            at = (start + size + align - 1) & -align
+        return ""
+
+    def _dynamic(self) -> NDArray[np.void]:
+        """The dynamic section up to its end (gABI, DT_NULL)."""
+        table = self.file.table(self.file.section(".dynamic", SHT_DYNAMIC), DYNAMIC_DTYPE)
+        (ends,) = np.nonzero(table["tag"] == 0)
+        return table[: int(ends[0])] if len(ends) else table
+
     def _needed(self) -> tuple[str, ...]:
-        table = self._array(".dynamic", np.dtype([("tag", "<i8"), ("value", "<u8")]))
-        strings = self._bytes(".dynstr")
-        return tuple(_string(strings, int(offset)) for offset in table["value"][table["tag"] == DT_NEEDED])
+        table = self._dynamic()
+        return tuple(self.dynamic_strings.at(name) for name in table["value"][table["tag"] == DT_NEEDED].tolist())
 
 
-def _string(table: bytes, offset: int) -> str:
-    end = table.find(b"\0", offset)
-    return table[offset:end].decode("utf-8", "surrogateescape") if 0 <= offset < end else ""
-
-
-def _kind(name: str, section_type: str, flags: int) -> Kind:
-    write, execute = bool(flags & 1), bool(flags & 4)
-    if execute:
+def _kind(header: SectionHeader) -> Kind:
+    name = header.name
+    if header.flags & SHF_EXECINSTR:
         return Kind.PLT if name in (".plt", ".plt.got", ".plt.sec", ".iplt") else Kind.TEXT
     if name in (".got", ".got.plt"):
         return Kind.GOT
-    if write:
+    if header.flags & SHF_WRITE:
+        if name == "__patchable_function_entries":
+            return Kind.OTHER  # addresses of nops, for the kernel's and other tracers; no program reads them
         relro = name.startswith((".data.rel.ro", ".init_array", ".fini_array", ".preinit_array", ".dynamic"))
         if relro or name in (".tdata", "__libc_IO_vtables", "__libc_subfreeres", "__libc_atexit"):
             return Kind.RELRO
-        return Kind.BSS if section_type == "SHT_NOBITS" else Kind.DATA
-    if section_type == "SHT_PROGBITS" and not name.startswith((".eh_frame", ".gcc_except_table", ".interp")):
+        return Kind.BSS if header.type == SHT_NOBITS else Kind.DATA
+    if header.type == SHT_PROGBITS and not name.startswith((".eh_frame", ".gcc_except_table", ".interp")):
         return Kind.CONSTANT
     return Kind.OTHER
 
@@ -358,46 +404,26 @@ def _pointer_words(sections: tuple[Section, ...], base: int, memory: NDArray[np.
 
 
 def _words_at(memory: NDArray[np.uint8], offsets: Addresses) -> Addresses:
-    if len(offsets) and (offsets.min() < 0 or offsets.max() + 8 > len(memory)):
-        raise BadInput("a relocation lies outside the image", next_step="the file is damaged; take it again")
+    """The 64-bit words at offsets that are known to lie inside."""
     words = np.zeros(len(offsets), np.uint64)
     for k in range(8):
         words |= memory[offsets + k].astype(np.uint64) << np.uint64(8 * k)
     return words.astype(np.int64)
 
 
-def _unpack_relr(words: NDArray[np.uint64]) -> Addresses:
-    """Places of a DT_RELR table (gABI proposal "Relative relocations", generic-abi 2017)."""
+def _unpack_relr(path: Path, words: NDArray[np.uint64], base: int, high: int) -> Addresses:
+    """Places of a DT_RELR table (gABI proposal "Relative relocations", generic-abi 2017), all in [base, high - 8]."""
     places: list[int] = []
     where = 0
     for word in words.tolist():
+        first = len(places)
         if not word & 1:
             places.append(word)
             where = word + 8
         else:
             places.extend(where + 8 * bit for bit in range(63) if word >> (bit + 1) & 1)
             where += 63 * 8
+        if len(places) > first and not (base <= places[first] and places[-1] <= high - 8):
+            raise damaged(path, f"the relocation of .relr.dyn at {places[-1]:#x} lies outside the segments")
     return np.array(places, np.int64)
 
-
-def _linkage_stubs(
-    sections: tuple[Section, ...], base: int, memory: NDArray[np.uint8], slots: dict[int, Slot]
-) -> dict[int, int]:
-    """Linkage stub -> GOT slot: ``[endbr64] [bnd] jmp *slot(%rip)`` (psABI, section 5.2).
-
-    Stubs are 16 bytes long, in .plt.got and in static programs 8; that the slot is one tells them from other bytes.
-    """
-    stubs: dict[int, int] = {}
-    for section in sections:
-        if section.kind is not Kind.PLT:
-            continue
-        code = memory[section.start - base : section.end - base].tobytes()
-        for offset in range(0, len(code), 8):
-            entry = code[offset : offset + 16]
-            jump = next((k for k in (0, 4, 5) if entry[k : k + 2] == b"\xff\x25"), None)
-            if jump is not None:
-                displacement = int.from_bytes(entry[jump + 2 : jump + 6], "little", signed=True)
-                slot = section.start + offset + jump + 6 + displacement
-                if slot in slots:
-                    stubs[section.start + offset] = slot
-    return stubs
