@@ -9,7 +9,7 @@ import numpy as np
 
 from elfdiff.code import LEA, FieldKind
 from elfdiff.findings.places import MANY, functions, name_at, where
-from elfdiff.image import STT_OBJECT, Kind, SymbolTable
+from elfdiff.image import STT_OBJECT, Image, Kind, SymbolTable
 from elfdiff.patchbuild import Draft
 from elfdiff.patchobject import Finding, Severity
 from elfdiff.variables import object_at
@@ -43,7 +43,9 @@ def unbound_references(draft: Draft) -> Iterator[Finding]:
 def variable_sizes(draft: Draft) -> Iterator[Finding]:
     """A variable that the patch uses has another size by the symbols of both builds."""
     image = draft.comparison.new.image
-    sizes = {name_at(image, target): (old, new) for target, old, new in resized_variables(draft)}
+    resized = resized_variables(draft)
+    variables = _writable(image, {target for target, _, _ in resized})
+    sizes = {name_at(image, variables[target]): (old, new) for target, old, new in resized}
     grown = {name: pair for name, pair in sizes.items() if pair[1] > pair[0]}
     shrunk = {name: pair for name, pair in sizes.items() if pair[1] < pair[0]}
     if grown:
@@ -67,7 +69,7 @@ def variable_sizes(draft: Draft) -> Iterator[Finding]:
 
 
 def resized_variables(draft: Draft) -> list[tuple[int, int, int]]:
-    """(new address used by the patch, old size, new size) of variables whose symbols differ in size.
+    """(new address that the patch names, old size, new size) of variables whose symbols differ in size.
 
     The address map must know them, or their names be unique in both builds.
     """
@@ -78,9 +80,8 @@ def resized_variables(draft: Draft) -> list[tuple[int, int, int]]:
     used |= {item.target for item in draft.resolver.unbound}
     named = _variables_by_name(old), _variables_by_name(new)
     found = []
-    for target in sorted(used):
-        writable = comparison.new.image.kind_at(target) in (Kind.DATA, Kind.BSS)
-        index = object_at(new, target) if writable else None
+    for target, address in sorted(_writable(comparison.new.image, used).items()):
+        index = object_at(new, address)
         if index is None:
             continue
         at, name = mapped.get(int(new.values[index])), new.names[index]
@@ -89,6 +90,19 @@ def resized_variables(draft: Draft) -> list[tuple[int, int, int]]:
             other = named[0][name][0]
         if other is not None and old.sizes[other] != new.sizes[index]:
             found.append((target, int(old.sizes[other]), int(new.sizes[index])))
+    return found
+
+
+def _writable(image: Image, targets: set[int]) -> dict[int, int]:
+    """The targets that are writable variables, or slots of the GOT that hold the address of one -> the variable."""
+    found = {}
+    for target in targets:
+        address: int | None = target
+        if image.kind_at(target) is Kind.GOT:
+            slot = image.slots.get(target)
+            address = image.exports.get(slot.symbol) if slot is not None else image.pointer_at(target)
+        if address is not None and image.kind_at(address) in (Kind.DATA, Kind.BSS):
+            found[target] = address
     return found
 
 
