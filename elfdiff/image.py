@@ -83,6 +83,7 @@ class Slot:
     symbol: str
     version: str
     addend: int
+    weak: bool = False  # 0 where nothing defines the symbol
 
 
 @dataclass(frozen=True)

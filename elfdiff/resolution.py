@@ -300,7 +300,7 @@ class Resolver:
         return Place(PATCH_IMAGE, target)
 
     def _import(self, slot: Slot) -> Place:
-        wanted = Import(slot.symbol, slot.version)
+        wanted = Import(slot.symbol, slot.version, slot.weak)
         if wanted not in self.imports:
             self.imports.append(wanted)
         return Place(FIRST_IMPORT + self.imports.index(wanted), slot.addend if slot.type == R_X86_64_64 else 0)

@@ -29,7 +29,7 @@ from elfdiff.patchobject import (
 from .memory import Memory
 from .modules import Module, find_module
 from .record import Record, State
-from .symbols import resolve, search_scope
+from .scope import require_libraries, resolve, search_scope
 
 PF_X, PF_W, PF_R = 1, 2, 4
 _PAGE = 4096
@@ -84,9 +84,10 @@ def bind(patch: PatchObject, loaded: Sequence[Module], memory: Memory, records: 
     _require_span(patch, module)
     check_ranges(patch.checked, module, memory, pristine_bytes(records, module))
     imports: tuple[int, ...] = ()
-    if patch.imports:
+    if patch.imports or patch.needed:
         scope = search_scope(loaded, module, memory)
-        imports = tuple(resolve(item.name, item.version, scope) for item in patch.imports)
+        require_libraries(patch.needed, scope, patch.new.name)
+        imports = tuple(resolve(item.name, item.version, scope, memory, weak=item.weak) for item in patch.imports)
     return Binding(patch, module, imports)
 
 

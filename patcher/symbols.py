@@ -1,48 +1,64 @@
-"""Looking up a symbol by name and version in the images that a process has loaded.
+"""What one loaded image defines and asks for by name: its dynamic symbols, read from memory.
 
-The tables are read from memory through the dynamic section (gABI, "Dynamic Section", "Symbol Table", "Hash
-Table"; LSB 5.0 core, "Symbol Versioning"; the GNU hash table has no specification, its layout is that of
-binutils and glibc). The order is the dynamic linker's: its own list of loaded objects, restricted to what the
-patched module may see.
+The tables are found through the dynamic section (gABI, "Dynamic Section", "Symbol Table", "Hash Table"; LSB 5.0
+core, "Symbol Versioning"; the GNU hash table has no specification, its layout is that of binutils and glibc).
+Where a name is looked for is in ``scope``.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from elfdiff.errors import LivegraftError, Refused
+import numpy as np
+from numpy.typing import NDArray
+
+from elfdiff.errors import LivegraftError
 
 from .memory import Memory
 from .modules import PT_DYNAMIC, Module
 
-DT_NEEDED, DT_HASH, DT_STRTAB, DT_SYMTAB, DT_STRSZ, DT_SONAME, DT_DEBUG = 1, 4, 5, 6, 10, 14, 21
+DT_NEEDED, DT_PLTRELSZ, DT_HASH, DT_STRTAB, DT_SYMTAB, DT_RELA, DT_RELASZ = 1, 2, 4, 5, 6, 7, 8
+DT_STRSZ, DT_SONAME, DT_SYMBOLIC, DT_DEBUG, DT_JMPREL, DT_FLAGS = 10, 14, 16, 21, 23, 30
 DT_GNU_HASH, DT_VERSYM, DT_VERDEF, DT_VERDEFNUM = 0x6FFFFEF5, 0x6FFFFFF0, 0x6FFFFFFC, 0x6FFFFFFD
-_ADDRESS_TAGS = frozenset({DT_HASH, DT_STRTAB, DT_SYMTAB, DT_GNU_HASH, DT_VERSYM, DT_VERDEF})
-_STB_LOCAL = 0
-_STT_FUNC, _STT_TLS, _STT_GNU_IFUNC = 2, 6, 10
+DT_VERNEED, DT_VERNEEDNUM = 0x6FFFFFFE, 0x6FFFFFFF
+DF_SYMBOLIC = 2
+_ADDRESS_TAGS = frozenset(
+    {DT_HASH, DT_STRTAB, DT_SYMTAB, DT_RELA, DT_JMPREL, DT_GNU_HASH, DT_VERSYM, DT_VERDEF, DT_VERNEED}
+)
+_STB_LOCAL, _STB_GNU_UNIQUE = 0, 10
+_STT_FUNC, STT_TLS, STT_GNU_IFUNC = 2, 6, 10
 _STV_INTERNAL, _STV_HIDDEN = 1, 2
 _SHN_UNDEF, _SHN_ABS = 0, 0xFFF1
 _VERSYM_HIDDEN = 0x8000
 _VERSYM_BASE = 1  # the unversioned interface of an object
+_VERSYM_FIRST = 2  # the oldest version that an object defines
+_VER_FLG_BASE = 1
 _SYM = struct.Struct("<IBBHQQ")
 _MAX_DYNAMIC = 1 << 14
 _MAX_CHAIN = 1 << 16
-_MAX_LINK_MAP = 4096
+_MAX_RELOCATIONS = 1 << 24
+_MAX_STRINGS = 1 << 28
+RELOCATION = np.dtype([("place", "<u8"), ("type", "<u4"), ("symbol", "<u4"), ("addend", "<i8")])
+"""Elf64_Rela (gABI, "Relocation"): r_info is the symbol's index above the type."""
 
 
 @dataclass(frozen=True, slots=True)
 class Definition:
-    """A symbol that a module defines. ``address`` is absolute; ``type`` is STT_*; ``version`` may be
-    empty."""
+    """A symbol that a module defines. ``address`` is absolute; ``type`` is STT_*.
+
+    ``version`` is empty where it has none, and then ``version_index`` is 0 or 1. ``unique``: STB_GNU_UNIQUE.
+    """
 
     module: Module
     name: str
     version: str
+    version_index: int
+    hidden_version: bool  # only a reference that names the version gets it
     address: int
     type: int
-    default: bool  # the version that a reference without one gets
+    unique: bool
 
 
 class DynamicSymbols:
@@ -56,7 +72,10 @@ class DynamicSymbols:
         self.soname = ""
         self.debug = 0
         """Address of struct r_debug (link.h), or 0; only the main program has it."""
+        self.symbolic = False
+        """It searches itself before the main program (DT_SYMBOLIC)."""
         self._tags: dict[int, int] = {}
+        self._versions: dict[int, str] | None = None
         self._read_dynamic()
 
     def _read_dynamic(self) -> None:
@@ -71,6 +90,7 @@ class DynamicSymbols:
             entries.append((tag, value))
         self._tags = {tag: self._absolute(tag, value) for tag, value in entries}
         self.debug = self._tags.get(DT_DEBUG, 0)
+        self.symbolic = DT_SYMBOLIC in self._tags or bool(self._tags.get(DT_FLAGS, 0) & DF_SYMBOLIC)
         if DT_STRTAB in self._tags:
             self.needed = tuple(self._string(value) for tag, value in entries if tag == DT_NEEDED)
             self.soname = self._string(self._tags[DT_SONAME]) if DT_SONAME in self._tags else ""
@@ -88,6 +108,10 @@ class DynamicSymbols:
         # A name may lie at the very end of the table, so never read beyond what it says to hold.
         data = self._memory.read(self._tags[DT_STRTAB] + offset, min(size - offset, 4096))
         return data.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+
+    def answers_to(self, name: str) -> bool:
+        """Whether an entry DT_NEEDED of this name means this object."""
+        return name.rpartition("/")[2] in (self.soname, self.module.name)
 
     def _words(self, address: int, count: int) -> tuple[int, ...]:
         return struct.unpack(f"<{count}I", self._memory.read(address, 4 * count))
@@ -144,39 +168,100 @@ class DynamicSymbols:
     def _definition(self, index: int, name: str) -> Definition | None:
         data = self._memory.read(self._tags[DT_SYMTAB] + index * _SYM.size, _SYM.size)
         name_at, info, other, section, value, _size = _SYM.unpack(data)
-        kind = info & 0xF
+        kind, binding = info & 0xF, info >> 4
         # An undefined function with a value is the canonical address that a fixed-address program gave to
         # an imported function (x86-64 psABI 1.0, "Function Addresses"): there it is the definition.
         if section == _SHN_UNDEF and not (kind == _STT_FUNC and value):
             return None
-        if info >> 4 == _STB_LOCAL or other & 3 in (_STV_INTERNAL, _STV_HIDDEN):
+        if not value and section != _SHN_ABS and kind != STT_TLS:
+            return None  # glibc and musl do not take it for a definition either
+        if binding == _STB_LOCAL or other & 3 in (_STV_INTERNAL, _STV_HIDDEN):
             return None
         if self._string(name_at) != name:
             return None
         address = value if section == _SHN_ABS else value + self.module.bias
-        version, default = self._version(index)
-        return Definition(self.module, name, version, address, kind, default)
+        number, hidden = self._version_index(index)
+        version = self._version_names().get(number, "")
+        return Definition(self.module, name, version, number, hidden, address, kind, binding == _STB_GNU_UNIQUE)
 
-    def _version(self, index: int) -> tuple[str, bool]:
+    def _version_index(self, index: int) -> tuple[int, bool]:
         if DT_VERSYM not in self._tags:
-            return "", True
+            return 0, False
         (word,) = struct.unpack("<H", self._memory.read(self._tags[DT_VERSYM] + 2 * index, 2))
-        number = word & ~_VERSYM_HIDDEN
-        if number <= _VERSYM_BASE or DT_VERDEF not in self._tags:
-            return "", True
-        return self._version_names().get(number, ""), not word & _VERSYM_HIDDEN
+        return word & ~_VERSYM_HIDDEN, bool(word & _VERSYM_HIDDEN)
 
     def _version_names(self) -> dict[int, str]:
-        names = {}
-        address = self._tags[DT_VERDEF]
-        for _ in range(min(self._tags.get(DT_VERDEFNUM, 0), _VERSYM_HIDDEN)):
-            _, _, number, _, _, aux, following = struct.unpack("<HHHHIII", self._memory.read(address, 20))
-            (name_at,) = self._words(address + aux, 1)
-            names[number] = self._string(name_at)
+        """The names of the version indices that it defines or asks others for; the base has none."""
+        if self._versions is None:
+            self._versions = {**self._versions_needed(), **self._versions_defined()}
+        return self._versions
+
+    def _versions_defined(self) -> dict[int, str]:
+        names: dict[int, str] = {}
+        address = self._tags.get(DT_VERDEF, 0)
+        for _ in range(min(self._tags.get(DT_VERDEFNUM, 0), _VERSYM_HIDDEN) if address else 0):
+            _, flags, number, _, _, aux, following = struct.unpack("<HHHHIII", self._memory.read(address, 20))
+            if not flags & _VER_FLG_BASE:
+                (name_at,) = self._words(address + aux, 1)
+                names[number & ~_VERSYM_HIDDEN] = self._string(name_at)
             if not following:
                 break
             address += following
         return names
+
+    def _versions_needed(self) -> dict[int, str]:
+        names: dict[int, str] = {}
+        address = self._tags.get(DT_VERNEED, 0)
+        for _ in range(min(self._tags.get(DT_VERNEEDNUM, 0), _VERSYM_HIDDEN) if address else 0):
+            _, count, _, aux, following = struct.unpack("<HHIII", self._memory.read(address, 16))
+            at = address + aux
+            for _ in range(count):
+                _, _, number, name_at, step = struct.unpack("<IHHII", self._memory.read(at, 16))
+                names[number & ~_VERSYM_HIDDEN] = self._string(name_at)
+                if not step:
+                    break
+                at += step
+            if not following:
+                break
+            address += following
+        return names
+
+    def relocations(self) -> NDArray[np.void]:
+        """Every dynamic relocation with an addend (DT_RELA and DT_JMPREL), of type ``RELOCATION``.
+
+        Places are virtual. Raises LivegraftError where the tables are damaged or cannot be read.
+        """
+        tables = []
+        for table, size in ((DT_RELA, DT_RELASZ), (DT_JMPREL, DT_PLTRELSZ)):
+            count = self._tags.get(size, 0) // RELOCATION.itemsize
+            if table in self._tags and count:
+                if count > _MAX_RELOCATIONS:
+                    raise LivegraftError(f"the relocations of {self.module.path} are damaged in memory")
+                data = self._memory.read(self._tags[table], count * RELOCATION.itemsize)
+                tables.append(np.frombuffer(data, RELOCATION))
+        return np.concatenate(tables) if tables else np.zeros(0, RELOCATION)
+
+    def references(self, name: str, version: str, indices: NDArray[np.uint32]) -> NDArray[np.uint32]:
+        """Return those of the symbol ``indices`` that are references to ``name`` in this version."""
+        found: list[int] = []
+        unique = np.unique(indices[indices > 0])
+        if len(unique) and DT_SYMTAB in self._tags and DT_STRTAB in self._tags:
+            data = self._memory.read(self._tags[DT_SYMTAB], (int(unique[-1]) + 1) * _SYM.size)
+            strings = self._strings()
+            wanted = name.encode("utf-8", "surrogateescape") + b"\0"
+            for index in unique.tolist():
+                (name_at,) = struct.unpack_from("<I", data, index * _SYM.size)
+                if strings.startswith(wanted, name_at):
+                    number, _ = self._version_index(index)
+                    if self._version_names().get(number, "") == version:
+                        found.append(index)
+        return np.array(found, np.uint32)
+
+    def _strings(self) -> bytes:
+        size = self._tags.get(DT_STRSZ, 0)
+        if size > _MAX_STRINGS:
+            raise LivegraftError(f"the string table of {self.module.path} is damaged in memory")
+        return self._memory.read(self._tags[DT_STRTAB], size)
 
 
 def gnu_hash(name: str) -> int:
@@ -195,100 +280,3 @@ def sysv_hash(name: str) -> int:
         high = value & 0xF0000000
         value = (value ^ (high >> 24)) & ~high & 0xFFFFFFFF
     return value
-
-
-def search_scope(loaded: Sequence[Module], patched: Module, memory: Memory) -> tuple[DynamicSymbols, ...]:
-    """Return the modules whose symbols ``patched`` may see, in the order in which the dynamic linker
-    searches.
-
-    That is the main program, what was preloaded, what the program needs, then what ``patched`` needs. An
-    object that was opened at run time for somebody else is left out. Raises LivegraftError where memory
-    cannot be read.
-    """
-    tables = {module.bias: DynamicSymbols(module, memory) for module in loaded}
-    main = next((table for table in tables.values() if table.debug), None)
-    if main is None:
-        return (tables[patched.bias],)
-    order = [tables[bias] for bias in _link_map(main.debug, memory) if bias in tables]
-    if main in order:
-        order.remove(main)
-    order.insert(0, main)
-    preloaded = _preloaded(order, main)
-    first = _closure(main, order)
-    visible = [table for table in order if table in first or table in preloaded]
-    own = _closure(tables[patched.bias], order)
-    return (*visible, *(table for table in order if table in own and table not in visible))
-
-
-def _link_map(debug: int, memory: Memory) -> Iterator[int]:
-    """Yield l_addr of every struct link_map (link.h) from r_debug.r_map on."""
-    (entry,) = struct.unpack("<Q", memory.read(debug + 8, 8))
-    for _ in range(_MAX_LINK_MAP):
-        if not entry:
-            return
-        bias, _name, _dynamic, following = struct.unpack("<QQQQ", memory.read(entry, 32))
-        yield bias
-        entry = following
-    raise LivegraftError("the dynamic linker's list of objects is damaged in memory")
-
-
-def _answers_to(table: DynamicSymbols, name: str) -> bool:
-    return name.rpartition("/")[2] in (table.soname, table.module.name)
-
-
-def _preloaded(order: Sequence[DynamicSymbols], main: DynamicSymbols) -> list[DynamicSymbols]:
-    """What stands between the main program and the first object that it needs."""
-    found = []
-    for table in order[1:]:
-        if any(_answers_to(table, name) for name in main.needed):
-            break
-        found.append(table)
-    return found if len(found) < len(order) - 1 else []
-
-
-def _closure(start: DynamicSymbols, order: Sequence[DynamicSymbols]) -> list[DynamicSymbols]:
-    closure = [start]
-    for table in closure:  # grows while it is walked: breadth first
-        for name in table.needed:
-            found = next((other for other in order if _answers_to(other, name)), None)
-            if found is not None and found not in closure:
-                closure.append(found)
-    return closure
-
-
-def resolve(name: str, version: str, scope: Sequence[DynamicSymbols]) -> int:
-    """Return the absolute address of a symbol as the dynamic linker would bind it.
-
-    Raises Refused where nothing in ``scope`` defines it, or where it is an indirect function (STT_GNU_IFUNC:
-    only its resolver, run in the target, knows the address) or thread-local.
-    """
-    wanted = f"{name}@{version}" if version else name
-    for table in scope:
-        matches = [item for item in table.definitions(name) if _satisfies(item, version)]
-        addresses = {item.address for item in matches}
-        if len(addresses) > 1:
-            matches = [item for item in matches if item.default]
-        if matches:
-            return _plain_address(matches[0], wanted)
-    raise Refused(
-        f"the new code needs {wanted}, which the process has not loaded",
-        why=f"none of {', '.join(table.module.name for table in scope)} defines it",
-        next_step="restart the program, so that the dynamic linker loads what the new build needs",
-    )
-
-
-def _satisfies(definition: Definition, version: str) -> bool:
-    if version and definition.version:
-        return definition.version == version
-    return definition.default
-
-
-def _plain_address(definition: Definition, wanted: str) -> int:
-    if definition.type in (_STT_GNU_IFUNC, _STT_TLS):
-        kind = "an indirect function" if definition.type == _STT_GNU_IFUNC else "thread-local"
-        raise Refused(
-            f"the new code needs {wanted}, which is {kind} in {definition.module.name}",
-            why="its address is known only to code that runs inside the process",
-            next_step="restart the program instead",
-        )
-    return definition.address
