@@ -4,7 +4,7 @@ From sure to less sure, each step seeing only what is left:
 
 1. the same masked bytes and the same symbolic references (imports by name, strings by content), once in each build;
 2. what the code of matched functions calls at the same place, and what paired pointer slots point to;
-3. equal ones in link order between two matched neighbours;
+3. equal ones in link order between two matched neighbours, then such as differ in line numbers only;
 4. in a gap between matched neighbours, the pairing of highest similarity (order kept).
 
 What references say outvotes what order says. Symbols are not used, they serve the tests as the truth; only exported
@@ -24,6 +24,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from elfdiff.arguments_x86_64 import ARGUMENTS
 from elfdiff.code import LEA, Code, FieldKind
 from elfdiff.image import Kind
 from elfdiff.pairing import Alignments, paired
@@ -77,8 +78,8 @@ class _Matcher:
     def __init__(self, old: Code, new: Code) -> None:
         self.old, self.new = old, new
         self.alignments = Alignments(old, new)
-        self.plain_old, self.strict_old = _signatures(old)
-        self.plain_new, self.strict_new = _signatures(new)
+        self.plain_old, self.strict_old, self.loose_old = _signatures(old)
+        self.plain_new, self.strict_new, self.loose_new = _signatures(new)
         self.new_of = np.full(len(old), -1, np.int64)
         self.old_of = np.full(len(new), -1, np.int64)
         self.how = np.zeros(len(old), np.uint8)
@@ -93,8 +94,11 @@ class _Matcher:
         self._follow(equal=True)
         self._in_order(self.plain_old, self.plain_new)
         self._follow(equal=False)
+        self._unique(self.loose_old, self.loose_new, How.SIMILAR)
+        self._in_order(self.loose_old, self.loose_new, How.SIMILAR)
         self._similar()
         self._follow(equal=False)
+        self._vote_slots()
         self._correct()
         self._keep_exports()
         same = np.zeros(len(self.old), np.bool_)
@@ -110,7 +114,7 @@ class _Matcher:
         if j >= 0:
             self.new_of[i], self.old_of[j], self.how[i] = -1, -1, 0
 
-    def _unique(self, first: list[int], second: list[int]) -> None:
+    def _unique(self, first: list[int], second: list[int], how: How = How.UNIQUE) -> None:
         mine = [i for i in range(len(first)) if self.new_of[i] < 0]
         theirs = [j for j in range(len(second)) if self.old_of[j] < 0]
         once_old = Counter(first[i] for i in mine)
@@ -118,7 +122,7 @@ class _Matcher:
         place = {second[j]: j for j in theirs if once_new[second[j]] == 1}
         for i in mine:
             if once_old[first[i]] == 1 and first[i] in place:
-                self._link(i, place[first[i]], How.UNIQUE)
+                self._link(i, place[first[i]], how)
 
     def _gaps(self) -> Iterable[tuple[list[int], list[int]]]:
         """Unmatched functions between neighbours that are matched in the same order, old and new."""
@@ -132,12 +136,12 @@ class _Matcher:
             if first and second:
                 yield first, second
 
-    def _in_order(self, first: list[int], second: list[int]) -> None:
+    def _in_order(self, first: list[int], second: list[int], how: How = How.ORDER) -> None:
         for mine, theirs in list(self._gaps()):
             a, b = [first[i] for i in mine], [second[j] for j in theirs]
             for x, y, size in difflib.SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks():
                 for k in range(size):
-                    self._link(mine[x + k], theirs[y + k], How.ORDER)
+                    self._link(mine[x + k], theirs[y + k], how)
 
     def _follow(self, *, equal: bool) -> None:
         """Let matched functions vote for what they refer to, until nothing new is matched.
@@ -210,7 +214,6 @@ class _Matcher:
 
     def _contradicted(self) -> Iterable[int]:
         """Functions whose match most references, or the slots of paired tables, speak against."""
-        self._vote_slots()
         for i, votes in self.votes.items():
             j, count = votes.most_common(1)[0]
             if self.new_of[i] >= 0 and self.new_of[i] != j and 2 * count > votes.total():
@@ -235,7 +238,7 @@ class _Matcher:
             permuted = {int(self.new_of[i]) for i, _ in slots} == {j for _, j in slots}
             if 2 * agreeing >= len(slots) or permuted:  # else elements were inserted, and nothing is side by side
                 for i, j in slots:
-                    if self.how[i] in (How.ORDER, How.SIMILAR):  # what is unique by its bytes was moved in the table
+                    if self.how[i] in (How.ORDER, How.SIMILAR, 0):  # what is unique by its bytes was moved in the table
                         self.votes.setdefault(i, Counter())[j] += 1
 
     def _slots(self, o: int, n: int) -> Iterable[tuple[int, int]]:
@@ -333,16 +336,35 @@ def _increasing(values: list[int]) -> list[int]:
     return chain[::-1]
 
 
-def _signatures(code: Code) -> tuple[list[int], list[int]]:
-    """Per function: hash of its masked bytes; the same with its symbolic references."""
+def _signatures(code: Code) -> tuple[list[int], list[int], list[int]]:
+    """Per function: hash of its masked bytes; the same with its symbolic references; that without line numbers."""
     references = code.references
     keys = _symbolic_keys(code)
-    plain, strict = [], []
+    without_lines = _without_lines(code)
+    plain, strict, loose = [], [], []
     for function in range(len(code)):
-        masked = code.masked_bytes(function)
+        masked, named = code.masked_bytes(function), keys[references.of(function)].tobytes()
+        a, b = int(code.starts[function]) - code.base, int(code.ends[function]) - code.base
         plain.append(hash(masked))
-        strict.append(hash((masked, keys[references.of(function)].tobytes())))
-    return plain, strict
+        strict.append(hash((masked, named)))
+        loose.append(hash((without_lines[a:b].tobytes(), named)))
+    return plain, strict, loose
+
+
+def _without_lines(code: Code) -> NDArray[np.uint8]:
+    """The masked code without the numbers that are put into argument registers other than the first.
+
+    Functions made by one macro differ in little else than such a number and their line.
+    """
+    decoded = code.decoded
+    at = np.nonzero(code.is_start & (decoded.opcode >= 0xB8) & (decoded.opcode <= 0xBF) & (decoded.imm_size == 4))[0]
+    extended = (decoded.imm_field[at] == 2) & (code.raw[at] & 1 == 1)
+    register = (decoded.opcode[at] & 7) + 8 * extended
+    at = at[np.isin(register, ARGUMENTS[1:])]
+    masked = code.masked.copy()
+    for k in range(4):
+        masked[at + decoded.imm_field[at] + k] = 0
+    return masked
 
 
 def _symbolic_keys(code: Code) -> NDArray[np.int64]:

@@ -17,6 +17,7 @@ from fixtures.build import Variant, build_kv, matrix
 from tests.compile import Compiler
 from tests.randomprogram import move_functions, move_variables, random_edit, random_program
 from tests.truth import Truth
+from tests.verdict import judge, program
 
 VARIANTS = [variant for variant in matrix() if variant.link != "static"]
 
@@ -93,3 +94,36 @@ def test_few_of_an_edited_program_are_matched_wrongly(seed: int, compiled: Compi
     new, _ = random_edit(old, random, 2)
     comparison, truth_old, truth_new = compared(compiled, old.text(), new.text(), "-O2")
     assert wrong_matches(comparison, truth_old, truth_new) == []
+
+
+def test_twins_that_differ_in_a_number_and_their_line_keep_their_number(compiled: Compiler) -> None:
+    """One macro makes them; the new build has them in another order, and every line moved."""
+    twin = 'SEPARATE int f{0}(int x) {{ report({0}, "twins.c", {1}, x); return x + company1(x); }}\n'
+    old = "".join(twin.format(bits, line) for bits, line in ((192, 40), (128, 50), (256, 51)))
+    new = "".join(twin.format(bits, line) for bits, line in ((128, 73), (256, 74), (192, 75)))
+    pair = program(
+        'SEPARATE int report(int k, const char *f, int l, int x) { return printf("%s %d %d %d", f, k, l, x); }\n'
+        "TWINS\nint (*const twins[])(int) = {f128, f192, f256};\n"
+        "SEPARATE int edited(int n) { return company1(n) + STEP; }",
+        "twins[n](n) + edited(n)", TWINS=(old, new), STEP=("1", "2222"),
+    )  # fmt: skip
+    judge(compiled, pair, lines=True).check()
+
+
+def test_a_callback_that_was_rewritten_is_known_by_its_place_in_a_table(compiled: Compiler) -> None:
+    """Live data points to the old one, so its entry must lead to the new one."""
+    long = (
+        "for (int i = 0; i < x; i++) { if (i % 3 == 1) company_a ^= company2(i) << 3; else company_b += i * x; }"
+        ' printf("many %ld\\n", company_b); if (x > 7) company3(x); return (int)(company_a % 17);'
+    )
+    pair = program(
+        "struct methods { int (*open)(int), (*check)(int), (*close)(int); };\n"
+        "SEPARATE int opens(int x) { return company1(x) + 1; }\nSEPARATE int checks(int x) { BODY }\n"
+        "SEPARATE int closes(int x) { return company2(x) + 2; }\n"
+        "struct methods methods = {opens, checks, closes};\n"
+        "SEPARATE int runs(int x) { return methods.open(x) + methods.check(x) + methods.close(x); }",
+        "runs(n)", BODY=("return 1;", long),
+    )  # fmt: skip
+    verdict = judge(compiled, pair).check()
+    assert verdict.reasons == {"checks": "code"}
+    assert verdict.functions["checks"].entry_jump
