@@ -58,13 +58,11 @@ from elfdiff.image import (
     TlsTemplate,
 )
 from elfdiff.linkage_x86_64 import linkage_stubs
-from elfdiff.linkage_x86_64 import linkage_stubs
 
 VERNEED = struct.Struct("<HHIII")  # Elf64_Verneed: version, count, file, first auxiliary, next
 VERNAUX = struct.Struct("<IHHII")  # Elf64_Vernaux: hash, flags, index, name, next
 DT_NEEDED, DT_RELA, DT_RELASZ = 1, 7, 8
 R_X86_64_NONE = 0
-STB_WEAK = 2
 STB_WEAK = 2
 RELR_DTYPE = np.dtype([("word", "<u8")])
 DYNAMIC_DTYPE = np.dtype([("tag", "<i8"), ("value", "<u8")])
@@ -369,8 +367,6 @@ def _kind(header: SectionHeader) -> Kind:
     if name in (".got", ".got.plt"):
         return Kind.GOT
     if header.flags & SHF_WRITE:
-        if name == "__patchable_function_entries":
-            return Kind.OTHER  # addresses of nops, for the kernel's and other tracers; no program reads them
         if name == "__patchable_function_entries":
             return Kind.OTHER  # addresses of nops, for the kernel's and other tracers; no program reads them
         relro = name.startswith((".data.rel.ro", ".init_array", ".fini_array", ".preinit_array", ".dynamic"))

@@ -217,6 +217,7 @@ def _metadata(patch: PatchObject) -> bytes:
             "removed": [asdict(f) for f in patch.removed],
             "line_only": [asdict(f) for f in patch.line_only],
             "eh_frame_hdr": patch.eh_frame_hdr,
+            "needed": patch.needed,
         },
         separators=(",", ":"),
     ).encode()
@@ -335,6 +336,7 @@ def _decode(
         removed=tuple(RemovedFunction(**f) for f in meta["removed"]),
         line_only=tuple(LineOnly(**f) for f in meta["line_only"]),
         eh_frame_hdr=meta["eh_frame_hdr"],
+        needed=tuple(meta["needed"]),
         evidence=_optional(raw, sections, EVIDENCE_SECTION),
         old_code=_optional(raw, sections, OLD_CODE_SECTION),
     )

@@ -126,6 +126,7 @@ class Import:
 
     name: str
     version: str  # empty where the reference is unversioned
+    weak: bool = False  # 0 where nothing defines it
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,7 @@ class PatchObject:
     removed: tuple[RemovedFunction, ...]
     line_only: tuple[LineOnly, ...]
     eh_frame_hdr: int | None
+    needed: tuple[str, ...] = ()  # libraries (DT_NEEDED) that the new build asks for and the old one does not
     evidence: bytes = field(default=b"", repr=False)
     old_code: bytes = field(default=b"", repr=False)
 
