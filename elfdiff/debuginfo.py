@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import io
+import itertools
 import struct
 import zlib
 from collections.abc import Iterator
@@ -116,6 +117,13 @@ class Unit:
         index = bisect.bisect_right(addresses, address) - 1
         return lines[index] if index >= 0 else None
 
+    def opening(self, address: int) -> str | None:
+        """The same for a function's start: the first row there is its own, later ones may be of inlined code."""
+        addresses, lines = self._lines
+        index = bisect.bisect_left(addresses, address)
+        rows = itertools.takewhile(lambda k: addresses[k] == address, range(index, len(addresses)))
+        return next((lines[k] for k in rows if lines[k] is not None), None)
+
 
 class DebugInfo:
     """The DWARF of one build."""
@@ -157,6 +165,17 @@ class DebugInfo:
         }
 
     @cached_property
+    def type_units(self) -> Contents:
+        """What type units define (DWARF 5, section 3.1.4): gcc's other units refer to these without naming them."""
+        found = Contents()
+        with reading(self.path):
+            units = [cu for cu in self._headers if _unit_type(cu) in ("DW_UT_type", 2)]
+            for unit in (*units, *self.dwarf.iter_TUs()):
+                top = unit.get_top_DIE()
+                self.collect(top, "", found, value_of(top, "DW_AT_language") in C_PLUS_PLUS)
+        return found
+
+    @cached_property
     def _by_offset(self) -> dict[int, Unit]:
         return {unit.cu.cu_offset: unit for unit in self.units}
 
@@ -196,6 +215,11 @@ class DebugInfo:
         """``file:line`` of code at an address, where it is known."""
         unit = self.unit_at(address)
         return unit.line(address) if unit else None
+
+    def opening(self, address: int) -> str | None:
+        """``file:line`` of a function that starts at an address, where it is known."""
+        unit = self.unit_at(address)
+        return unit.opening(address) if unit else None
 
     def function(self, address: int) -> Function | None:
         """The function one of whose ranges starts at an address."""

@@ -58,7 +58,7 @@ def compare_types(
     """
     old, new = debug
     notes = tuple(note for info in debug if info is not None for note in info.notes)
-    if old is None or new is None:
+    if old is None or new is None or old.file.notes or new.file.notes:  # half of the types would prove nothing
         return TypeVerdict((), (), (), frozenset(), {}, notes)
     return _Comparer(comparison, old, new, members).verdict(notes)
 
@@ -104,6 +104,8 @@ class _Comparer:
 
     def _scopes(self) -> Iterator[tuple[Contents, list[Contents], str]]:
         """Each new unit's definitions, and a changed function's own, beside those that they are compared with."""
+        if self.pairs:
+            yield self.new.type_units, [self.old.type_units], "some type unit"
         counterparts: dict[int, dict[int, Unit]] = {}
         units: dict[int, Unit] = {}
         for function, others in self.pairs.values():
@@ -117,7 +119,7 @@ class _Comparer:
         for key, unit in units.items():
             first = list(counterparts[key].values())
             rest = [other for other in everywhere.values() if other not in first]
-            yield unit.contents, [u.contents for u in (*first, *rest)], unit.name
+            yield unit.contents, [*(u.contents for u in (*first, *rest)), self.old.type_units], unit.name
 
     def _differing(self, contents: Contents, others: list[Contents], unit: str) -> Iterator[tuple[TypeKey, TypeChange]]:
         for key, dies in contents.types.items():
@@ -191,12 +193,12 @@ def _differences(old: Layout, new: Layout) -> Iterator[str]:
     if old.size != new.size:
         yield f"size {old.size} -> {new.size} bytes"
     before_members, after_members = _by_name(old), _by_name(new)
-    places = {(m.offset, m.size, m.type) for m in old.members}
+    gone = {(m.offset, m.size, m.type) for key, m in before_members.items() if key not in after_members}
     for key, member in after_members.items():
         was = before_members.get(key)
         if was is None:
-            # In a union new members lie over old ones; what has the place and type of an old one is renamed.
-            if not member.overlays and (member.offset, member.size, member.type) not in places:
+            # In a union new members lie over old ones; what has place and type of one that is gone is renamed.
+            if not member.overlays and (member.offset, member.size, member.type) not in gone:
                 yield f"new {member.name} at {member.place}"
         elif (was.offset, was.size) != (member.offset, member.size):
             bits = f" ({was.size} -> {member.size} bits)" if was.size != member.size else ""

@@ -21,7 +21,7 @@ def functions(draft: Draft, indices: Iterable[int], *, old: bool = False) -> tup
     chosen = sorted(set(indices))
     named = []
     for index in chosen[:MANY]:
-        line = debug.line(int(code.starts[index])) if debug is not None else None
+        line = debug.opening(int(code.starts[index])) if debug is not None else None
         named.append(f"{code.names[index]} ({line})" if line else code.names[index])
     if len(chosen) > MANY:
         named.append(f"and {len(chosen) - MANY} more")
