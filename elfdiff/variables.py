@@ -90,13 +90,27 @@ class Variables:
         left, right = self._around(target)
         if left is not None and right is not None and self.mapped[left] - left == self.mapped[right] - right:
             predicted = target + self.mapped[left] - left
-            if _is_named(self.old.referenced, predicted):
+            if _is_named(self.old.referenced, predicted) or self._same_content(predicted, target, right - target):
                 return OldVariable(predicted, guessed=True)
         if self._is_new(target, left, right):
             section = self.new.image.section_at(target)
             assert section is not None
             return NewVariable(right if right is not None else section.end, left)
         return "it may be a part of an existing variable or a new one"
+
+    def _same_content(self, o: int, n: int, size: int) -> bool:
+        """Both builds start with the same bytes there and no pointer, and the old one names nothing of it.
+
+        Then it does not matter whether this is a part of the variable in front that no old code named, or a new
+        variable in what was padding: no old code uses those bytes, and they hold what the new variable begins with.
+        """
+        old, new = self.old.image, self.new.image
+        slots = [np.searchsorted(i.relative_places, [a - 7, a + size]) for i, a in ((old, o), (new, n))]
+        slots.append(np.searchsorted(self.old.referenced, [o, o + size]))
+        empty = all(int(first) == int(last) for first, last in slots)
+        section = old.section_at(o)
+        inside = section is not None and o + size <= section.end
+        return empty and inside and old.read(o, size) == new.read(n, size)
 
     def _is_new(self, target: int, left: int | None, right: int | None) -> bool:
         """No old variable can be meant: none is left over there, and it is no field of its left neighbour.

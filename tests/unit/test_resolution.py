@@ -40,6 +40,34 @@ def test_a_new_variable_in_what_was_padding_is_not_what_lay_behind(level: str, c
     assert verdict.refused or verdict.check()
 
 
+def test_a_new_variable_in_padding_that_nothing_moved_for_may_live_there(compiled: Compiler) -> None:
+    """Nobody uses those bytes, and they are what the new variable begins with."""
+    pair = program(
+        "long b __attribute__((aligned(32))); NEW int a; int c;\n"  # gcc lays them out last first
+        "SEPARATE int edited(int x) { puts(\"e\"); a += x; EDIT; return c; }\n"
+        "SEPARATE int uses(int x) { b -= x; c ^= 3; a *= b; return a; }\n",
+        CALLS, NEW=("", "int fresh;"), EDIT=("", "if (fresh++ > 3) puts(\"x\")"),
+    )  # fmt: skip
+    verdict = judge(compiled, pair)
+    old, new = verdict.old, verdict.new
+    fresh, bias = new.objects["fresh"].start, old.objects["a"].start - new.objects["a"].start
+    assert old.objects["b"].start - new.objects["b"].start == bias, "the pair is not what this test needs"
+    assert verdict.warned == {"neighbour-address"}
+    assert not any(s.start <= fresh + bias < s.start + s.size for s in old.objects.values())
+    assert all(s.flags != 6 for s in verdict.made.segments), "no storage of its own"
+
+
+def test_a_new_variable_that_does_not_start_with_zero_lives_in_the_patch_or_nowhere(compiled: Compiler) -> None:
+    pair = program(
+        "long b __attribute__((aligned(32))) = 2; NEW int a = 1; int c = 3;\n"
+        "SEPARATE int edited(int x) { puts(\"e\"); a += x; EDIT; return c; }\n"
+        "SEPARATE int uses(int x) { b -= x; c ^= 3; a *= b; return a; }\n",
+        CALLS, NEW=("", "int fresh = 77;"), EDIT=("", "if (fresh++ > 3) puts(\"x\")"),
+    )  # fmt: skip
+    verdict = judge(compiled, pair)
+    assert "unpinned-address" in verdict.refused or verdict.check()
+
+
 def test_a_new_variable_keeps_its_initial_value(compiled: Compiler) -> None:
     pair = program(
         "int a = 1; NEW long b = 2; int c = 3;\nSEPARATE int edited(int x) { puts(\"e\"); a += x; EDIT; return c; }\n"
