@@ -208,6 +208,8 @@ def _named(body: Body, item: Instruction, mnemonic: str, operands: str) -> str:
         return f"{mnemonic} +{item.inner:#x}"
     for reference in item.references:
         operands = _substituted(body, reference, operands)
+        if mnemonic == "lea":  # the address itself, not what lies there
+            operands = operands.replace(f"[{reference.label}]", reference.label)
     return f"{mnemonic} {operands}".rstrip()
 
 

@@ -41,12 +41,14 @@ class EvidenceKind(StrEnum):
 
     CODE = "code"  # its own instructions differ
     SOURCE = "source"  # the source lines of the difference, where debug information names them
+    NAMES = "names"  # what only the old code names, and what only the new one
     INLINED = "inlined"  # the change of a function that it contains
     CONSTANT = "constant"  # a constant that it reads differs
     CALLEE = "callee"  # it calls, or takes the address of, another function or import
     VARIABLE = "variable"  # it uses another variable
     CLOSURE = "closure"  # it shares code with a function of the patch
     NEW = "new"  # it has no counterpart
+    MOVED = "moved"  # most of its code comes from another function's old code
     LINES = "lines"  # line numbers only
 
 

@@ -9,13 +9,20 @@ import bisect
 import difflib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from itertools import groupby, pairwise
+from pathlib import Path
+
+import numpy as np
 
 from elfdiff.codediff_x86_64 import Body, Change, Row, compare_code, read_bodies
+from elfdiff.diff import Options, analyse, summary
 from elfdiff.errors import EXIT_NAMES, BadInput, LivegraftError
 from elfdiff.evidence import Evidence, EvidenceKind, FunctionEvidence, Names, Reference, unpack
+from elfdiff.patchfile import symbol_name
 from elfdiff.patchobject import (
+    RELOCATION_DTYPE,
     Build,
     Finding,
     Import,
@@ -23,17 +30,22 @@ from elfdiff.patchobject import (
     PatchFunction,
     PatchObject,
     Reason,
+    RelocationType,
     RemovedFunction,
     Segment,
 )
 
 MIN_CONTAINED = 0.6
 """Share of a function's neighbouring opcodes that another one must have, too, to be taken for an inlined copy."""
+MIN_MOVED = 0.8
+"""Share of a new function's neighbouring opcodes that an old one must have to be where its code comes from."""
 MIN_BODY = 6
 """Instructions of the smallest function that is recognised inside another."""
 MANY_ALIKE = 40
 """Functions that are compared with each for one change; and inlined ones that are named."""
 MANY_NAMED = 3
+MANY_NAMES = 6
+"""Names that only one code has, of which so many are told."""
 CLOSE_NAMES = 4
 
 
@@ -94,10 +106,22 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class Rewritten:
+    """One field of the patch that is written when it is applied; ``type`` is the psABI's name of the relocation."""
+
+    place: int
+    type: str
+    symbol: str
+    addend: int
+
+
+@dataclass(frozen=True)
 class Explanation:
     """Everything that is to be said. ``id`` is empty for a pair of builds that is no patch object (yet).
 
     ``complete`` is False for a patch object without evidence: then nothing is known of the codes' differences.
+    ``segments`` are without their data; ``checked``: ranges of the old build that are compared before anything is
+    written.
     """
 
     id: str
@@ -112,6 +136,26 @@ class Explanation:
     findings: tuple[Finding, ...]
     imports: tuple[Import, ...]
     sizes: Sizes
+    summary: dict[str, int]
+    segments: tuple[Segment, ...]
+    rewritten: tuple[Rewritten, ...] = field(repr=False)
+    checked: int
+
+
+def explain_pair(old: Path, new: Path, options: Options) -> Explanation:
+    """Explain what ``diff`` would make of two builds, or why it would not. Raises BadInput as ``diff`` does."""
+    result = analyse(old, new, options)
+    if result.draft is not None:
+        return explain(result.patch(), result.error)
+    return explain(_empty(result.old, result.new), result.error)
+
+
+def _empty(old: Build, new: Build) -> PatchObject:
+    """The patch of two builds that cannot be compared: nothing."""
+    return PatchObject(
+        id="", tool_version=version("livegraft"), old=old, new=new, segments=(), functions=(), imports=(),
+        relocations=np.zeros(0, RELOCATION_DTYPE), checked=(), findings=(), removed=(), line_only=(), eh_frame_hdr=None,
+    )  # fmt: skip
 
 
 def explain(patch: PatchObject, error: LivegraftError | None = None) -> Explanation:
@@ -130,7 +174,16 @@ def explain(patch: PatchObject, error: LivegraftError | None = None) -> Explanat
         findings=patch.findings,
         imports=patch.imports,
         sizes=_sizes(patch),
+        summary=summary(patch),
+        segments=tuple(replace(segment, data=b"") for segment in patch.segments) if patch.functions else (),
+        rewritten=tuple(_rewritten(patch)),
+        checked=len(patch.checked),
     )
+
+
+def _rewritten(patch: PatchObject) -> Iterator[Rewritten]:
+    for place, kind, symbol, addend in patch.relocations.tolist():
+        yield Rewritten(place, RelocationType(kind).name, symbol_name(patch, symbol), addend)
 
 
 def verdict(error: LivegraftError | None) -> Verdict:
@@ -167,7 +220,7 @@ def _handles(function: PatchFunction) -> set[str]:
 
 def _sizes(patch: PatchObject) -> Sizes:
     by_use = Counter[int]()
-    for segment in patch.segments:
+    for segment in patch.segments if patch.functions else ():
         by_use[segment.flags & 3] += segment.size
     return Sizes(
         executable=by_use[1],
@@ -265,15 +318,59 @@ def _inconsistent(why: str) -> BadInput:
 def _with_code(found: list[ExplainedFunction]) -> Iterator[ExplainedFunction]:
     """Put what the codes show in front of the evidence of each function that has own changes."""
     inlined = _Inlined(found)
+    moved = _moved(found)
     for number, item in enumerate(found):
         if item.function.reason is not Reason.CODE:
-            yield item
+            yield replace(item, evidence=(*item.evidence, *moved.get(item.function.new_start, ())))
             continue
-        evidence = [Evidence(EvidenceKind.CODE), *item.evidence]
+        evidence = [Evidence(EvidenceKind.CODE), *_names(item), *item.evidence]
         evidence += [Evidence(EvidenceKind.INLINED, subject=name) for name in inlined.into(number)]
-        yield ExplainedFunction(
-            item.function, tuple(evidence), item.counts, item.references, item.old, item.new, item.rows
-        )
+        yield replace(item, evidence=tuple(evidence))
+
+
+def _moved(functions: list[ExplainedFunction]) -> dict[int, tuple[Evidence, ...]]:
+    """New functions (by address) that hold most of the old code of a function that names them.
+
+    A compiler splits a function when its beginning alone is worth inlining (``.part``); the rest is then a new one.
+    """
+    found: dict[int, tuple[Evidence, ...]] = {}
+    added = {f"new:{f.function.name}": f for f in functions if f.function.old_start is None}
+    added.update({f.function.name: f for f in functions if f.function.old_start is None})
+    for item in functions:
+        if item.old is None or item.new is None or item.counts is None or not item.counts.removed:
+            continue
+        before = Counter(pairwise(i.opcode for i in item.old.instructions))
+        for label in {r.label for i in item.new.instructions for r in i.references} & added.keys():
+            part = added[label]
+            assert part.new is not None
+            now = Counter(pairwise(i.opcode for i in part.new.instructions))
+            if len(part.new.instructions) >= MIN_BODY and (before & now).total() >= MIN_MOVED * now.total():
+                found[part.function.new_start] = (Evidence(EvidenceKind.MOVED, subject=item.function.name),)
+    return found
+
+
+_SAID = (Names.FUNCTION, Names.IMPORT, Names.VARIABLE, Names.NEW_VARIABLE, Names.CONSTANT, Names.OWN_CONSTANT)
+
+
+def _names(item: ExplainedFunction) -> Iterator[Evidence]:
+    """What only one of the two codes names: functions, imports, variables, strings."""
+    sides = []
+    for body in (item.old, item.new):
+        references = [r for i in (body.instructions if body else ()) for r in i.references if r.names in _SAID]
+        constants = (Names.CONSTANT, Names.OWN_CONSTANT)
+        sides.append(dict.fromkeys(r.label for r in references if r.names not in constants or '"' in r.label))
+    gone, gained = (
+        [label for label in mine if label not in other] for mine, other in (sides, (sides[1], sides[0]))
+    )
+    if gone or gained:
+        yield Evidence(EvidenceKind.NAMES, "", _listed(gone), _listed(gained))
+
+
+def _listed(labels: list[str]) -> str:
+    """The most telling names first: strings and symbols, then places that have none."""
+    labels = sorted(labels, key=lambda label: label.startswith(("0x", ".", "new:")))
+    more = f" and {len(labels) - MANY_NAMES} more" if len(labels) > MANY_NAMES else ""
+    return ", ".join(labels[:MANY_NAMES]) + more
 
 
 _Hunk = tuple[object, ...]

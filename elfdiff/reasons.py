@@ -168,7 +168,8 @@ class _Collector:
         if strings is not None:
             return Evidence(EvidenceKind.CONSTANT, "string", *strings)
         old, new = self._difference(o, n)
-        return Evidence(EvidenceKind.CONSTANT, f"table at {where}"[:MAX_LABEL], old, new)
+        subject = f"what follows {where}" if where.startswith('"') else f"the table at {where}"
+        return Evidence(EvidenceKind.CONSTANT, subject[:MAX_LABEL], old, new)
 
     def _strings(self, o: int, n: int) -> tuple[str, str] | None:
         texts = [

@@ -11,12 +11,17 @@ source lines.
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from elfdiff.findingcodes import LIFTABLE
 
 from . import Report, plural
+
+if TYPE_CHECKING:
+    from elfdiff.diff import Options
+    from elfdiff.patchobject import PatchObject
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +29,11 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("old", type=Path, metavar="OLD", help="the build that runs")
     parser.add_argument("new", type=Path, metavar="NEW", help="the build that it is to become")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="PATCH", help="the patch object to write")
+    add_comparison(parser)
+
+
+def add_comparison(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Add how two builds are compared."""
     parser.add_argument("--lines", action="store_true", help="include functions that differ in line numbers only")
     parser.add_argument(
         "--debug-dir",
@@ -42,19 +52,24 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> Report:
-    """Compare and write."""
-    from elfdiff.diff import Options, diff, summary
+def comparison_options(arguments: argparse.Namespace) -> Options:
+    """What ``add_comparison`` asked for. Raises BadInput for a finding that cannot be lifted."""
+    from elfdiff.diff import Options
     from elfdiff.errors import BadInput
-    from elfdiff.patchfile import write_patch
-
-    from .inspect import finding_lines, patch_json
 
     unknown = sorted(set(arguments.allow) - set(LIFTABLE))
     if unknown:
         raise BadInput(f"--allow {unknown[0]}: no such liftable finding", next_step=f"one of: {', '.join(LIFTABLE)}")
-    options = Options(arguments.lines, frozenset(arguments.allow), tuple(arguments.debug_dir))
-    patch = diff(arguments.old, arguments.new, options)
+    return Options(arguments.lines, frozenset(arguments.allow), tuple(arguments.debug_dir))
+
+
+def run(arguments: argparse.Namespace) -> Report:
+    """Compare and write."""
+    from elfdiff.diff import diff, summary
+    from elfdiff.patchfile import write_patch
+    from patcher.explanation_text import functions_line
+
+    patch = diff(arguments.old, arguments.new, comparison_options(arguments))
     patch = write_patch(patch, arguments.output)
     counts = summary(patch)
     json: dict[str, Any] = {"patch": str(arguments.output), **patch_json(patch)}
@@ -70,8 +85,29 @@ def run(arguments: argparse.Namespace) -> Report:
     return Report(json, text)
 
 
-def functions_line(counts: dict[str, int]) -> str:
-    """Return how many functions are in a patch, by reason."""
-    reasons = ("code", "constant", "callee", "closure", "lines", "new")
-    parts = [f"{counts[f'functions_{reason}']} {reason}" for reason in reasons if counts[f"functions_{reason}"]]
-    return f"{counts['functions']} ({', '.join(parts)}); {counts['entry_jumps']} redirected"
+def patch_json(patch: PatchObject) -> dict[str, Any]:
+    """Return a patch object as JSON; addresses are virtual addresses of the build that they belong to."""
+    from elfdiff.diff import summary
+
+    return {
+        "id": patch.id,
+        "tool_version": patch.tool_version,
+        "old": asdict(patch.old),
+        "new": asdict(patch.new),
+        "summary": summary(patch),
+        "segments": [{"vaddr": s.vaddr, "size": s.size, "flags": s.flags} for s in patch.segments],
+        "functions": [asdict(function) for function in patch.functions],
+        "imports": [asdict(item) for item in patch.imports],
+        "removed": [asdict(item) for item in patch.removed],
+        "line_only": [asdict(item) for item in patch.line_only],
+        "findings": [asdict(item) for item in patch.findings],
+    }
+
+
+def finding_lines(patch: PatchObject) -> list[str]:
+    """Return the findings for people."""
+    lines = []
+    for finding in patch.findings:
+        lines.append(f"{finding.severity:<10} {finding.code}: {finding.what}")
+        lines.append(f"             {finding.why}")
+    return lines

@@ -1,111 +1,125 @@
-"""Show what a patch object holds.
+"""Show what a patch object holds, and why; or what two builds would come to.
 
-Its two builds, every function with the reason why it is in the patch, what was left out, the references that were
-rewritten and what the differ found worth a warning. With -v also every reference.
+For a patch object: its two builds, every function with the reason why it is in the patch and the evidence for it, what
+was left out, the references that are rewritten, sizes, and every finding. With two builds instead (inspect OLD NEW) the
+same is said of the patch that diff would make of them, also where it would refuse; nothing is written, and the exit
+status is 0 if the pair could be explained, whatever the verdict is.
+
+--diff shows old and new code side by side, with names instead of addresses; without FUNCTION of all functions.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+import os
+import shutil
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from . import Report, plural
+from . import Report
+from .diff import add_comparison, comparison_options
 
 if TYPE_CHECKING:
-    from elfdiff.patchobject import PatchFunction, PatchObject
+    from elfdiff.explain import ExplainedFunction, Explanation
+    from patcher.explanation_text import Style
+
+PLAIN_WIDTH = 160
+"""Columns of a listing that goes to no terminal, unless COLUMNS says otherwise."""
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("patch", type=Path, metavar="PATCH", help="a patch object made by livegraft diff")
-    parser.add_argument("-v", "--verbose", action="store_true", help="list every reference that was rewritten")
+    parser.add_argument("patch", type=Path, metavar="PATCH", help="a patch object made by livegraft diff, or a build")
+    parser.add_argument("new", type=Path, nargs="?", metavar="NEW", help="a second build: explain the pair PATCH NEW")
+    parser.add_argument("-v", "--verbose", action="store_true", help="list every reference that is rewritten")
+    parser.add_argument(
+        "--diff",
+        nargs="*",
+        metavar="FUNCTION",
+        help="show old and new code of these functions (names or addresses), or of all",
+    )
+    parser.add_argument(
+        "--context", type=_lines, default=3, metavar="N", help="same instructions shown around differences (3)"
+    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write all of it as one page for a browser")
+    add_comparison(parser.add_argument_group("with two builds, as for diff"))
 
 
 def run(arguments: argparse.Namespace) -> Report:
-    """Read and show."""
-    from elfdiff.diff import summary
+    """Read or compare, and show."""
+    from elfdiff.explain import select
+    from patcher.explanation_json import explanation_json, listings_json
+    from patcher.explanation_text import listings, overview
+
+    explanation = _explanation(arguments)
+    chosen: tuple[ExplainedFunction, ...] = ()
+    if arguments.diff is not None:
+        _must_be_complete(explanation, arguments.patch)
+        chosen = select(explanation, arguments.diff) if arguments.diff else explanation.functions
+    json = explanation_json(explanation)
+    style = _style()
+    text = list(overview(explanation, style))
+    if arguments.verbose:
+        text += [f"  {r.place:#x} {r.type} {r.symbol}{r.addend:+#x}" for r in explanation.rewritten]
+    if arguments.diff is not None:
+        if arguments.json:
+            json["diff"] = listings_json(chosen)
+        else:
+            text = list(listings(chosen, arguments.context, style))
+    notes = []
+    if arguments.html is not None:
+        _write_page(explanation, arguments)
+        json["html"] = str(arguments.html)
+        notes.append(f"wrote {arguments.html}")
+    return Report(json, text, notes=notes)
+
+
+def _explanation(arguments: argparse.Namespace) -> Explanation:
+    from elfdiff.errors import BadInput
+    from elfdiff.explain import explain, explain_pair
     from elfdiff.patchfile import read_patch
 
-    from .diff import functions_line
-
-    patch = read_patch(arguments.patch)
-    counts = summary(patch)
-    json = {**patch_json(patch), "references": _references(patch)}
-    text = [
-        f"patch {patch.id}",
-        f"  made by    livegraft {patch.tool_version}",
-        f"  old build  {patch.old.name} {patch.old.build_id}",
-        f"  new build  {patch.new.name} {patch.new.build_id}",
-        f"  size       {counts['bytes'] // 1024} KiB in {plural(len(patch.segments), 'segment')}",
-        f"  functions  {functions_line(counts)}",
-        *(f"    {_function_line(function)}" for function in patch.functions),
-        f"  references {_references_line(counts)}",
-        f"  checked    {plural(len(patch.checked), 'range')} of the old build before anything is written",
-        f"  left out   {plural(len(patch.line_only), 'function')} that differ in line numbers only",
-        *(f"    {item.name}" for item in patch.line_only),
-        *(f"  removed    {item.name}" for item in patch.removed),
-        *(f"  {line}" for line in finding_lines(patch)),
-    ]
-    if arguments.verbose:
-        text += [f"  {r['place']:#x} {r['type']} {r['symbol']}{r['addend']:+#x}" for r in json["references"]]
-    return Report(json, text)
+    options = comparison_options(arguments)
+    if arguments.new is not None:
+        return explain_pair(arguments.patch, arguments.new, options)
+    if options.lines or options.allow or options.debug_dirs:
+        raise BadInput(
+            "--lines, --allow and --debug-dir need two builds",
+            why="a patch object is shown as it was made",
+            next_step="livegraft inspect OLD NEW",
+        )
+    return explain(read_patch(arguments.patch))
 
 
-def patch_json(patch: PatchObject) -> dict[str, Any]:
-    """Return a patch object as JSON; addresses are virtual addresses of the build that they belong to."""
-    from elfdiff.diff import summary
+def _must_be_complete(explanation: Explanation, path: Path) -> None:
+    from elfdiff.errors import BadInput
 
-    return {
-        "id": patch.id,
-        "tool_version": patch.tool_version,
-        "old": asdict(patch.old),
-        "new": asdict(patch.new),
-        "summary": summary(patch),
-        "segments": [{"vaddr": s.vaddr, "size": s.size, "flags": s.flags} for s in patch.segments],
-        "functions": [asdict(function) for function in patch.functions],
-        "imports": [asdict(item) for item in patch.imports],
-        "removed": [asdict(item) for item in patch.removed],
-        "line_only": [asdict(item) for item in patch.line_only],
-        "findings": [asdict(item) for item in patch.findings],
-    }
+    if not explanation.complete:
+        raise BadInput(
+            f"{path}: the patch object does not hold the old code",
+            why=f"it was made by livegraft {explanation.tool_version}, without an explanation",
+            next_step="make it again with this version: livegraft diff OLD NEW -o PATCH",
+        )
 
 
-def finding_lines(patch: PatchObject) -> list[str]:
-    """Return the findings for people."""
-    lines = []
-    for finding in patch.findings:
-        lines.append(f"{finding.severity:<10} {finding.code}: {finding.what}")
-        lines.append(f"             {finding.why}")
-    return lines
+def _style() -> Style:
+    from patcher.explanation_text import Style
+
+    terminal = sys.stdout.isatty()
+    width = shutil.get_terminal_size((PLAIN_WIDTH, 24)).columns
+    return Style(width, terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb")
 
 
-def _references(patch: PatchObject) -> list[dict[str, Any]]:
-    from elfdiff.patchfile import symbol_name
-    from elfdiff.patchobject import RelocationType
+def _write_page(explanation: Explanation, arguments: argparse.Namespace) -> None:
+    from patcher.explanation_html import page, write_page
 
-    return [
-        {
-            "place": int(row["place"]),
-            "type": RelocationType(int(row["type"])).name,
-            "symbol": symbol_name(patch, int(row["symbol"])),
-            "addend": int(row["addend"]),
-        }
-        for row in patch.relocations
-    ]
+    command = f"livegraft inspect {arguments.patch}{f' {arguments.new}' if arguments.new else ''}"
+    write_page(page(explanation, arguments.context, command), arguments.html)
 
 
-def _references_line(counts: dict[str, int]) -> str:
-    return (
-        f"{counts['references']} rewritten: {counts['references_old_image']} into the running program, "
-        f"{counts['references_patch']} inside the patch, {counts['references_imports']} to imports"
-    )
-
-
-def _function_line(function: PatchFunction) -> str:
-    new = f"{function.new_start:#x}+{function.new_size}"
-    if function.old_start is None:
-        return f"{function.name:<32} {function.reason:<9} new {new}"
-    how = "redirected" if function.entry_jump else "moves along"
-    return f"{function.name:<32} {function.reason:<9} {function.old_start:#x}+{function.old_size} -> {new} {how}"
+def _lines(text: str) -> int:
+    value = int(text) if text.isascii() and text.isdigit() and len(text) < 7 else -1
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of lines")
+    return value

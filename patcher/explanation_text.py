@@ -1,0 +1,267 @@
+"""An explanation as lines of text for a terminal or a file; also the sentences that the page shares."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from elfdiff.codediff_x86_64 import Change
+from elfdiff.evidence import Evidence, EvidenceKind, Names
+from elfdiff.explain import CodeCounts, ExplainedFunction, Explanation
+from elfdiff.patchobject import Finding
+from elfdiff.quoting import printable
+from patcher.listing import Cell, Line, listing
+
+SIDE_BY_SIDE = 100
+"""Columns below which a listing has old and new below each other."""
+MAX_COLUMN = 90
+"""Columns of one side; wider only spreads the two sides apart."""
+REFERENCE_NAMES = {
+    Names.FUNCTION: "functions",
+    Names.INSIDE: "parts of functions",
+    Names.IMPORT: "imports",
+    Names.VARIABLE: "variables",
+    Names.NEW_VARIABLE: "new variables",
+    Names.CONSTANT: "constants of the old build",
+    Names.OWN_CONSTANT: "own constants",
+    Names.TABLE: "switch tables",
+    Names.OTHER: "others",
+}
+LEGEND = "< removed   > added   | changed   ~ names something else"
+
+
+@dataclass(frozen=True)
+class Style:
+    """How text is set: columns of the terminal, and whether it takes colours."""
+
+    width: int
+    colour: bool
+
+    def paint(self, text: str, *codes: int) -> str:
+        """The text with a colour or weight (ECMA-48, SGR) where colours are taken."""
+        if not self.colour or not codes:
+            return text
+        return f"\x1b[{';'.join(map(str, codes))}m{text}\x1b[0m"
+
+
+BOLD, DIM, RED, GREEN, YELLOW, CYAN = 1, 2, 31, 32, 33, 36
+
+
+def overview(explanation: Explanation, style: Style) -> Iterator[str]:
+    """Everything but listings of code."""
+    yield from _head(explanation, style)
+    for item in explanation.functions:
+        yield from _function(item, style)
+    if not explanation.complete:
+        yield "    (made by a version of livegraft that kept no evidence: nothing is known of the reasons' details)"
+    yield from _rest(explanation, style)
+    for finding in explanation.findings:
+        yield from _finding(finding, style)
+
+
+def _head(explanation: Explanation, style: Style) -> Iterator[str]:
+    old, new = explanation.old, explanation.new
+    title = f"patch {explanation.id}" if explanation.id else f"{old.name} -> {new.name}, not written to a patch object"
+    yield style.paint(printable(title), BOLD)
+    yield f"  made by    livegraft {printable(explanation.tool_version)}"
+    yield printable(f"  old build  {old.name} {old.build_id}")
+    yield printable(f"  new build  {new.name} {new.build_id}")
+    verdict = explanation.verdict
+    if not explanation.id:
+        said = "it can be patched" if verdict.code == 0 else f"{verdict.name}: {verdict.what}"
+        yield printable(f"  verdict    {said}")
+        if verdict.why and not explanation.findings:
+            yield printable(f"             {verdict.why}")
+    yield f"  functions  {functions_line(explanation.summary)}"
+
+
+def _function(item: ExplainedFunction, style: Style) -> Iterator[str]:
+    function = item.function
+    yield f"    {style.paint(printable(function.name), CYAN)}  {function.reason}  {place_line(item)}"
+    for evidence in item.evidence:
+        for sentence in sentences(evidence, item.counts):
+            yield f"      {sentence}"
+
+
+def _rest(explanation: Explanation, style: Style) -> Iterator[str]:
+    counts, sizes = explanation.summary, explanation.sizes
+    yield f"  references {references_line(counts)}"
+    named = reference_counts(explanation.functions)
+    if named:
+        yield f"             the new code names {named}"
+    yield f"  adds       {adds_line(explanation)}"
+    yield f"  code       {sizes.old_code} bytes of old code, {sizes.new_code} bytes of new code"
+    yield f"  checked    {_plural(explanation.checked, 'range')} of the old build before anything is written"
+    yield f"  left out   {_plural(len(explanation.line_only), 'function')} that differ in line numbers only"
+    yield from _wrapped([item.name for item in explanation.line_only], style)
+    if explanation.removed:
+        yield f"  removed    {_plural(len(explanation.removed), 'function')}, to which nothing leads any more"
+        yield from _wrapped([item.name for item in explanation.removed], style)
+
+
+def _wrapped(names: Sequence[str], style: Style) -> list[str]:
+    """Names in lines no longer than the terminal."""
+    indent = " " * 13
+    wrapper = textwrap.TextWrapper(max(style.width, 40), break_long_words=False, break_on_hyphens=False)
+    wrapper.initial_indent = wrapper.subsequent_indent = indent
+    return wrapper.wrap(", ".join(map(printable, names)))
+
+
+def _finding(finding: Finding, style: Style) -> Iterator[str]:
+    first, *rest = finding.lines()
+    colour = RED if finding.severity == "refuse" else YELLOW
+    yield f"  {style.paint(f'{finding.severity:<10}', colour)} {printable(first)}"
+    yield from (f"             {printable(line.strip())}" for line in rest)
+
+
+# -- sentences ------------------------------------------------------------------------------------------------------
+
+
+def sentences(evidence: Evidence, counts: CodeCounts | None) -> list[str]:
+    """One piece of evidence in words, a sentence a line."""
+    subject, old, new = (printable(text) for text in (evidence.subject, evidence.old, evidence.new))
+    match evidence.kind:
+        case EvidenceKind.CODE:
+            return [_code_sentence(counts)] if counts else []
+        case EvidenceKind.NAMES:
+            gone, gained = f"no longer names {old}", f"names now {new}"
+            return [text for text, there in ((gone, old), (gained, new)) if there]
+        case EvidenceKind.SOURCE:
+            return [f"the difference lies in {subject}"]
+        case EvidenceKind.INLINED:
+            return [f"the change of {subject} is found in it: it seems to be inlined here"]
+        case EvidenceKind.CONSTANT:
+            what = f"a {subject}" if subject in ("string", "number", "switch table") else subject
+            values = f": {old} -> {new}" if old or new else ""
+            return [f"it reads {what}, which differs{values}"]
+        case EvidenceKind.CALLEE:
+            return [f"the same bytes lead to another function: {old} -> {new}"]
+        case EvidenceKind.VARIABLE:
+            return [f"the same bytes lead to another variable: {old} -> {new}"]
+        case EvidenceKind.CLOSURE:
+            by = "through a switch table" if new == "switch table" else "by a branch"
+            return [f"it hangs together with {subject}, {by} from one into the other"]
+        case EvidenceKind.NEW:
+            return [f"has no counterpart; used by {subject}" if subject else "has no counterpart, and nothing names it"]
+        case EvidenceKind.MOVED:
+            return [f"most of its code was part of {subject} before"]
+        case EvidenceKind.LINES:
+            return ["differs in line numbers only"]
+
+
+def _code_sentence(counts: CodeCounts) -> str:
+    parts = [
+        (counts.removed, "removed"),
+        (counts.added, "added"),
+        (counts.operand, "with other operands"),
+        (counts.reference, "that name something else"),
+    ]
+    said = ", ".join(f"{number} {what}" for number, what in parts if number) or "none differs"
+    return f"its instructions differ: {said}; {counts.old} before, {counts.new} now"
+
+
+def place_line(item: ExplainedFunction) -> str:
+    """Where a function is and was, its sizes, and whether its old entry is redirected."""
+    function = item.function
+    new = f"{function.new_start:#x}, {function.new_size} bytes"
+    if function.old_start is None:
+        return f"new at {new}"
+    how = "redirected" if function.entry_jump else "moves along"
+    return f"{function.old_start:#x}, {function.old_size} bytes -> {new}; {how}"
+
+
+def functions_line(counts: dict[str, int]) -> str:
+    """How many functions are in a patch, by reason."""
+    reasons = ("code", "constant", "callee", "closure", "lines", "new")
+    parts = [f"{counts[f'functions_{reason}']} {reason}" for reason in reasons if counts[f"functions_{reason}"]]
+    return f"{counts['functions']} ({', '.join(parts) or 'none'}); {counts['entry_jumps']} redirected"
+
+
+def references_line(counts: dict[str, int]) -> str:
+    """How many references are rewritten, by what they lead to."""
+    return (
+        f"{counts['references']} rewritten: {counts['references_old_image']} into the running program, "
+        f"{counts['references_patch']} inside the patch, {counts['references_imports']} to imports"
+    )
+
+
+def reference_counts(functions: Sequence[ExplainedFunction]) -> str:
+    """How many references the new code makes, by what they name."""
+    totals = {names: sum(item.references.get(names, 0) for item in functions) for names in Names}
+    return ", ".join(f"{totals[names]} {REFERENCE_NAMES[names]}" for names in Names if totals[names])
+
+
+def adds_line(explanation: Explanation) -> str:
+    """What the patch adds to a process, in whole pages."""
+    sizes = explanation.sizes
+    return (
+        f"{sizes.executable // 1024} KiB of code, {sizes.constant // 1024} KiB of constants, "
+        f"{sizes.writable // 1024} KiB of variables (whole pages)"
+    )
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+# -- listings -------------------------------------------------------------------------------------------------------
+
+
+def listings(functions: Sequence[ExplainedFunction], context: int | None, style: Style) -> Iterator[str]:
+    """Old and new code of functions, side by side where there is room for it."""
+    yield style.paint(LEGEND if style.width >= SIDE_BY_SIDE else "- old   + new", DIM)
+    for item in functions:
+        yield ""
+        yield style.paint(f"{printable(item.function.name)}  {place_line(item)}", BOLD)
+        lines = list(listing(item, context))
+        if item.old is not None and all(line.folded for line in lines):
+            yield "  (the same code in both builds)"
+            continue
+        yield from _side_by_side(lines, style) if style.width >= SIDE_BY_SIDE else _unified(lines, style)
+
+
+_COLOURS = {"<": RED, ">": GREEN, "|": YELLOW, "~": YELLOW}
+
+
+def _side_by_side(lines: list[Line], style: Style) -> Iterator[str]:
+    digits = max((len(f"{cell.at:x}") for line in lines for cell in (line.old, line.new) if cell), default=1)
+    column = min(MAX_COLUMN, (style.width - 3) // 2)
+    for line in lines:
+        if line.folded:
+            yield style.paint(_fold(line), DIM)
+            continue
+        left, right = _set(line.old, digits, column), _set(line.new, digits, column)
+        text = f"{left:<{column}} {line.mark} {right}".rstrip()
+        colour = _COLOURS.get(line.mark)
+        yield text if colour is None else style.paint(text, colour)
+
+
+def _unified(lines: list[Line], style: Style) -> Iterator[str]:
+    """Like ``diff -u``: what was removed in front of what was added."""
+    digits = max((len(f"{cell.at:x}") for line in lines for cell in (line.old, line.new) if cell), default=1)
+    pending: list[str] = []
+    for line in lines:
+        if line.folded or line.change is Change.SAME:
+            yield from pending
+            pending = []
+            text = _fold(line) if line.folded else f"  {_set(line.new, digits, style.width - 2)}"
+            yield style.paint(text, DIM) if line.folded else text
+            continue
+        if line.old is not None:
+            yield style.paint(f"- {_set(line.old, digits, style.width - 2)}", RED)
+        if line.new is not None:
+            pending.append(style.paint(f"+ {_set(line.new, digits, style.width - 2)}", GREEN))
+    yield from pending
+
+
+def _fold(line: Line) -> str:
+    return f"  ... {_plural(line.folded, 'instruction')} the same"
+
+
+def _set(cell: Cell | None, digits: int, width: int) -> str:
+    """Offset and text, cut to the column; what is cut ends in an ellipsis."""
+    if cell is None:
+        return ""
+    text = f"{cell.at:{digits}x}  {printable(cell.text)}"
+    return text if len(text) <= width else f"{text[: max(1, width - 1)]}…"
