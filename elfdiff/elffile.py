@@ -85,35 +85,42 @@ class SectionHeader:
 
 @contextmanager
 def open_elf(path: Path) -> Iterator[ElfFile]:
-    """Open a file for the time of a ``with``; at its end the file must be as it was at the beginning.
+    """Open a build for the time of a ``with``; at its end the file must be as it was at the beginning.
 
     Raises BadInput for what is no linked x86-64 program or library, for damage and for a file that is changed
     meanwhile, Refused for what is sound but not supported.
     """
+    with open_regular(path, "name two existing ELF files") as (descriptor, size):
+        yield ElfFile(path, descriptor, size)
+
+
+@contextmanager
+def open_regular(path: Path, next_step: str) -> Iterator[tuple[int, int]]:
+    """(descriptor, size) of a file that is read. Raises BadInput for what is no file, or is changed meanwhile."""
     try:
         # Non-blocking: to open a FIFO would wait for whoever writes to it (open(2)); regular files do not care.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             before = os.fstat(descriptor)
-            _require_regular(path, before)
-            yield ElfFile(path, descriptor, before.st_size)
+            _require_regular(path, before, next_step)
+            yield descriptor, before.st_size
             after = os.fstat(descriptor)
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise BadInput(f"{path}: {error.strerror}", why=str(error), next_step="name two existing ELF files") from error
+        raise BadInput(f"{path}: {error.strerror}", why=str(error), next_step=next_step) from error
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise _changed(path)
 
 
-def _require_regular(path: Path, status: os.stat_result) -> None:
+def _require_regular(path: Path, status: os.stat_result, next_step: str) -> None:
     if not stat.S_ISREG(status.st_mode):
         what = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
         kind = what.get(stat.S_IFMT(status.st_mode), "a device")
         raise BadInput(
             f"{path}: this is {kind}, not a file",
-            why="a build is compared as a whole, so it must be a regular file",
-            next_step="name two existing ELF files",
+            why="it is read as a whole, so it must be a regular file",
+            next_step=next_step,
         )
 
 

@@ -26,8 +26,10 @@ from typing import Any
 
 import numpy as np
 
+from elfdiff.elffile import open_regular
 from elfdiff.errors import BadInput, LivegraftError
 from elfdiff.image import PAGE, RELA_DTYPE, SYMBOL_DTYPE
+from elfdiff.patchcheck import SegmentHead, array, decoded, decoded_all, natural, require_sound, text
 from elfdiff.patchobject import (
     FIRST_IMPORT,
     FORMAT_VERSION,
@@ -39,13 +41,13 @@ from elfdiff.patchobject import (
     LineOnly,
     PatchFunction,
     PatchObject,
-    Reason,
     RemovedFunction,
     Segment,
-    Severity,
 )
 
 DIGEST_SIZE = 32
+MAX_FILE = 1 << 30
+_MAX_NAME = 64
 MAGIC = "livegraft"
 EVIDENCE_SECTION, OLD_CODE_SECTION = ".livegraft.evidence", ".livegraft.old"
 OLD_IMAGE_SYMBOL, PATCH_IMAGE_SYMBOL = "livegraft_old_image", "livegraft_patch_image"
@@ -245,12 +247,7 @@ def _second_opinion(patch: PatchObject, path: Path) -> None:
 
 def read_patch(path: Path) -> PatchObject:
     """Read and verify a patch object. Raises BadInput for anything that is not one, whole and of this format."""
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise BadInput(
-            f"{path}: {error.strerror}", next_step="name a patch object made by: livegraft diff OLD NEW -o PATCH"
-        ) from error
+    raw = _read(path)
     sections = _sections(path, raw)
     if ".livegraft" not in sections or ".livegraft.digest" not in sections:
         raise _not_a_patch(path, "it is an ELF file without livegraft's sections")
@@ -264,9 +261,22 @@ def read_patch(path: Path) -> PatchObject:
         )
     at, size = sections[".livegraft"]
     try:
-        return _decode(path, raw, json.loads(raw[at : at + size]), sections, identity.hexdigest())
-    except (KeyError, TypeError, ValueError, AttributeError) as error:  # a right digest is no signature
-        raise _not_a_patch(path, f"its description is not of this format: {error!r}") from error
+        meta = json.loads(raw[at : at + size])
+        _require_format(path, meta)
+        patch = _decode(raw, meta, sections, identity.hexdigest())
+        require_sound(patch)
+    except (KeyError, ValueError, RecursionError) as error:  # a right digest is no signature
+        raise _not_a_patch(path, f"its description is not of this format: {error!r:.300}") from error
+    return patch
+
+
+def _read(path: Path) -> bytes:
+    hint = "name a patch object made by: livegraft diff OLD NEW -o PATCH"
+    with open_regular(path, hint) as (descriptor, size):
+        if size > MAX_FILE:
+            raise _not_a_patch(path, f"it has {size} bytes; none larger than {MAX_FILE} is believed")
+        with open(descriptor, "rb", closefd=False) as stream:
+            return stream.read(MAX_FILE)
 
 
 def _not_a_patch(path: Path, why: str) -> BadInput:
@@ -288,10 +298,17 @@ def _sections(path: Path, raw: bytes) -> dict[str, tuple[int, int]]:
     if header[11] != _SHDR.size or table + count * _SHDR.size > len(raw) or names_index >= count:
         raise _not_a_patch(path, "the file is cut short: its section headers lie behind its end")
     rows = [_SHDR.unpack_from(raw, table + k * _SHDR.size) for k in range(count)]
-    if any(row[1] != 8 and row[4] + row[5] > len(raw) for row in rows):
+    if any(row[4] + row[5] > len(raw) for row in rows):
         raise _not_a_patch(path, "the file is cut short: a section lies behind its end")
     names = raw[rows[names_index][4] :][: rows[names_index][5]]
-    return {names[row[0] :].split(b"\0")[0].decode("latin-1"): (row[4], row[5]) for row in rows[1:]}
+    found: dict[str, tuple[int, int]] = {}
+    for row in rows[1:]:
+        end = names.find(b"\0", row[0], row[0] + _MAX_NAME)
+        name = names[row[0] : max(end, row[0])].decode("latin-1")
+        if not name or name in found:
+            raise _not_a_patch(path, f"a section has no name, or another's: {name!r}")
+        found[name] = row[4], row[5]
+    return found
 
 
 def _without_digest(raw: bytes) -> bytes:
@@ -299,15 +316,19 @@ def _without_digest(raw: bytes) -> bytes:
     return raw[:at] + bytes(size) + raw[at + size :]
 
 
-def _decode(
-    path: Path, raw: bytes, meta: dict[str, Any], sections: dict[str, tuple[int, int]], identity: str
-) -> PatchObject:
+def _require_format(path: Path, meta: object) -> None:
+    if not isinstance(meta, dict):
+        raise ValueError(f"{meta!r:.80}")
     if meta.get("magic") != MAGIC or meta.get("format") != FORMAT_VERSION:
         raise BadInput(
             f"{path}: the patch object was made by another version of livegraft",
-            why=f"format {meta.get('format')} by version {meta.get('tool')}; this one reads format {FORMAT_VERSION}",
+            why=f"format {meta.get('format')!r:.80} by version {meta.get('tool')!r:.80}; "
+            f"this one reads format {FORMAT_VERSION}",
             next_step="make it again with this version: livegraft diff OLD NEW -o PATCH",
         )
+
+
+def _decode(raw: bytes, meta: dict[str, Any], sections: dict[str, tuple[int, int]], identity: str) -> PatchObject:
     contents = [
         raw[a : a + n] for name, (a, n) in sections.items() if name.startswith((".text.", ".rodata.", ".data."))
     ]
@@ -319,27 +340,33 @@ def _decode(
     relocations["symbol"] = (table["info"] >> np.uint64(32)) - np.uint64(1)
     return PatchObject(
         id=identity,
-        tool_version=meta["tool"],
-        old=Build(**meta["old"]),
-        new=Build(**meta["new"]),
+        tool_version=text("tool", meta["tool"]),
+        old=decoded(Build, meta["old"]),
+        new=decoded(Build, meta["new"]),
         segments=tuple(
-            Segment(s["vaddr"], s["size"], s["flags"], data.rstrip(b"\0"))
-            for s, data in zip(meta["segments"], contents, strict=True)
+            _segment(description, data)
+            for description, data in zip(array("segments", meta["segments"]), contents, strict=True)
         ),
-        functions=tuple(PatchFunction(**{**f, "reason": Reason(f["reason"])}) for f in meta["functions"]),
-        imports=tuple(Import(**i) for i in meta["imports"]),
+        functions=decoded_all(PatchFunction, meta["functions"]),
+        imports=decoded_all(Import, meta["imports"]),
         relocations=relocations,
-        checked=tuple(CheckedRange(**c) for c in meta["checked"]),
-        findings=tuple(
-            Finding(**{**f, "severity": Severity(f["severity"]), "where": tuple(f["where"])}) for f in meta["findings"]
-        ),
-        removed=tuple(RemovedFunction(**f) for f in meta["removed"]),
-        line_only=tuple(LineOnly(**f) for f in meta["line_only"]),
-        eh_frame_hdr=meta["eh_frame_hdr"],
-        needed=tuple(meta["needed"]),
+        checked=decoded_all(CheckedRange, meta["checked"]),
+        findings=decoded_all(Finding, meta["findings"]),
+        removed=decoded_all(RemovedFunction, meta["removed"]),
+        line_only=decoded_all(LineOnly, meta["line_only"]),
+        eh_frame_hdr=None if meta["eh_frame_hdr"] is None else natural("eh_frame_hdr", meta["eh_frame_hdr"]),
+        needed=tuple(text("needed", name) for name in array("needed", meta["needed"])),
         evidence=_optional(raw, sections, EVIDENCE_SECTION),
         old_code=_optional(raw, sections, OLD_CODE_SECTION),
     )
+
+
+def _segment(description: object, data: bytes) -> Segment:
+    """Its content is the section of the same place in the file, trailing zeros left out."""
+    head = decoded(SegmentHead, description)
+    if head.size != len(data):
+        raise ValueError(f"the segment at {head.vaddr:#x} has {len(data)} bytes, not {head.size}")
+    return Segment(head.vaddr, head.size, head.flags, data.rstrip(b"\0"))
 
 
 def _optional(raw: bytes, sections: dict[str, tuple[int, int]], name: str) -> bytes:

@@ -78,13 +78,18 @@ def run_all(tasks: Iterable[tuple[Key, Task]], jobs: int = 2) -> Iterator[tuple[
     _preload()
     running: dict[int, _Child[Key]] = {}
     with tempfile.TemporaryDirectory(prefix="livegraft-fork-") as scratch:
-        for number, (key, task) in enumerate(tasks):
-            if len(running) == jobs:
+        try:
+            for number, (key, task) in enumerate(tasks):
+                while len(running) >= jobs:
+                    yield from _ended(running)
+                child = _Child(key, task, Path(scratch) / str(number))
+                running[child.descriptor] = child
+            while running:
                 yield from _ended(running)
-            child = _Child(key, task, Path(scratch) / str(number))
-            running[child.descriptor] = child
-        while running:
-            yield from _ended(running)
+        finally:  # where nobody wants the rest
+            for child in running.values():
+                os.kill(child.pid, signal.SIGKILL)
+                child.outcome()
 
 
 def _preload() -> None:

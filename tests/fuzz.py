@@ -63,6 +63,7 @@ class Subject:
     new: Path
 
 
+MAX_FAULTS = 40
 LIFTED = [word for code in LIFTABLE for word in ("--allow", code)]
 """What a finding would end early goes the whole way."""
 
@@ -156,7 +157,7 @@ class Result:
             f"{self.statuses.total()} comparisons: {counts}",
             f"slowest {self.slowest[0]:.1f} s ({self.slowest[1]})",
             f"largest {self.largest[0] >> 20} MB ({self.largest[1]})",
-            *(f"FAULT {one}: {fault}" for one, fault in self.faults),
+            *(f"FAULT {one}: {fault:.300}" for one, fault in self.faults),
         ]
 
 
@@ -167,7 +168,10 @@ def fuzz(pairs: list[Subject], first: int, count: int, say: Callable[[str], None
         faults = len(result.faults)
         result.add(one, outcome)
         if len(result.faults) > faults:
-            say(f"FAULT {one}: {result.faults[-1][1]}")
+            say(f"FAULT {one}: {result.faults[-1][1]:.300}")
+        if len(result.faults) >= MAX_FAULTS:
+            say(f"stopped after {MAX_FAULTS} faults")
+            break
         if result.statuses.total() % 1000 == 0:
             say(f"{result.statuses.total()} of {2 * count}")
     return result
