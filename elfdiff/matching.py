@@ -232,7 +232,7 @@ class _Matcher:
         pairs.update(
             zip(self.old.references.target[first].tolist(), self.new.references.target[second].tolist(), strict=True)
         )
-        for o, n in pairs:
+        for o, n in self._tables(pairs):
             slots = list(self._slots(o, n))
             agreeing = sum(self.new_of[i] == j for i, j in slots)
             permuted = {int(self.new_of[i]) for i, _ in slots} == {j for _, j in slots}
@@ -241,12 +241,29 @@ class _Matcher:
                     if self.how[i] in (How.ORDER, How.SIMILAR, 0):  # what is unique by its bytes was moved in the table
                         self.votes.setdefault(i, Counter())[j] += 1
 
+    def _tables(self, pairs: set[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Those of the paired addresses at which pointers may lie."""
+        both = np.array(sorted(pairs), np.int64).reshape(-1, 2)
+        holds = np.isin(self.old.image.kinds(both[:, 0]), (Kind.RELRO, Kind.DATA, Kind.CONSTANT))
+        slots = self.old.image.relative_places
+        first = np.searchsorted(slots, both[:, 0])
+        near = np.zeros(len(both), np.bool_)
+        if len(slots):
+            near = slots[np.minimum(first, len(slots) - 1)] - both[:, 0] < MAX_SLOTS
+        return [(int(o), int(n)) for o, n in both[holds & near]]
+
     def _slots(self, o: int, n: int) -> Iterable[tuple[int, int]]:
-        """Functions that the slots of two tables point to, side by side."""
+        """Functions that the slots of two objects point to, side by side.
+
+        An object reaches to where something else is named, or as far as pointer follows upon pointer.
+        """
+        reach = min(_reach(self.old, o), _reach(self.new, n))
         for offset in range(0, MAX_SLOTS, 8):
             to, tn = self.old.image.pointer_at(o + offset), self.new.image.pointer_at(n + offset)
-            if to is None or tn is None:
+            if (to is None) != (tn is None) or (to is None and offset >= reach):
                 return
+            if to is None or tn is None:
+                continue
             i, j = self.old.function_of(to), self.new.function_of(tn)
             if min(i, j) >= 0 and self.old.starts[i] == to and self.new.starts[j] == tn:
                 yield i, j
@@ -297,6 +314,13 @@ class _Matcher:
                 x += 1
             else:
                 y += 1
+
+
+def _reach(code: Code, address: int) -> int:
+    """Bytes from an address to the next one that anything names."""
+    named = code.referenced
+    index = int(np.searchsorted(named, address, "right"))
+    return int(named[index]) - address if index < len(named) else 0
 
 
 def _exact(code: Code, addresses: NDArray[np.int64]) -> NDArray[np.int64]:
