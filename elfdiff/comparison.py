@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from elfdiff.addressmap import AddressMap, learn
 from elfdiff.code import Code
 from elfdiff.constants import ConstantVerdicts, compare_constants
-from elfdiff.image import Image, Kind
+from elfdiff.image import R_X86_64_IRELATIVE, Image, Kind
 from elfdiff.jumptables_x86_64 import JumpTable, find_jump_tables
 from elfdiff.lines import line_only
+from elfdiff.linkage_x86_64 import slot_name
 from elfdiff.matching import Matching, match
 from elfdiff.patchobject import Reason
 
@@ -173,7 +174,7 @@ class _Judge:
         """Two linkage stubs or GOT slots that the dynamic linker fills with the same value."""
         old, new = self.old.image, self.new.image
         o, n = old.plt.get(o, o), new.plt.get(n, n)
-        first, second = old.slots.get(o), new.slots.get(n)
+        first, second = slot_name(old, o), slot_name(new, n)
         if first is None and second is None:
             to, tn = old.pointer_at(o), new.pointer_at(n)
             if to is None or tn is None:
@@ -181,15 +182,9 @@ class _Judge:
             return self.verdict(to, tn) is None
         if first is None or second is None:
             return False
-        if first.symbol or second.symbol:
-            return (first.type, first.symbol, first.version) == (second.type, second.symbol, second.version)
-        return first.type == second.type and self._same_nameless(first.addend, second.addend)
-
-    def _same_nameless(self, o: int, n: int) -> bool:
-        """IRELATIVE: the addend is the resolver; a TLS offset: the number itself."""
-        if self.old.function_of(o) >= 0:
-            return self._same_code(o, n)
-        return o == n
+        if first.type == second.type == R_X86_64_IRELATIVE:  # the addend is the resolver
+            return self._same_code(first.addend, second.addend)
+        return first == second
 
 
 def changed_functions(comparison: Comparison, *, lines: bool) -> NDArray[np.int64]:

@@ -18,6 +18,7 @@ import numpy as np
 from elfdiff.code import LEA, FieldKind
 from elfdiff.comparison import Comparison
 from elfdiff.image import R_X86_64_64, R_X86_64_IRELATIVE, SYMBOL_VALUES, Addresses, Kind, Slot
+from elfdiff.linkage_x86_64 import SlotName, slot_name
 from elfdiff.patchobject import FIRST_IMPORT, OLD_IMAGE, PATCH_IMAGE, Import
 from elfdiff.variables import NewVariable, OldVariable, Variables
 
@@ -261,7 +262,7 @@ class Resolver:
         slot = image.slots.get(slot_address) if slot_address is not None else None
         if slot is None or slot_address is None:
             return "the linkage stub has no symbol"
-        name = self._slot_key(slot)
+        name = self._slot_name(slot_address)
         if isinstance(name, str):
             return name
         if name in self._old_stubs:
@@ -280,7 +281,7 @@ class Resolver:
         image = self.new.image
         slot = image.slots.get(target)
         if slot is not None:
-            name = self._slot_key(slot)
+            name = self._slot_name(target)
             if isinstance(name, str):
                 return name
             if name in self._old_slots:
@@ -305,37 +306,36 @@ class Resolver:
             self.imports.append(wanted)
         return Place(FIRST_IMPORT + self.imports.index(wanted), slot.addend if slot.type == R_X86_64_64 else 0)
 
-    def _slot_key(self, slot: Slot) -> tuple[bool, str, str, int] | str:
-        """(is thread-local, symbol, version, addend in old addresses) that names a slot in both builds."""
-        thread_local = slot.type not in (*SYMBOL_VALUES, R_X86_64_IRELATIVE)
-        addend = slot.addend
-        if slot.type == R_X86_64_IRELATIVE:  # the addend is the resolver
-            function = self.new.function_of(addend)
-            old_entry = self.comparison.old_entry(function) if function >= 0 else None
-            if old_entry is None:
-                return "the resolver of the indirect function has no counterpart"
-            addend = old_entry
-        return thread_local, slot.symbol, slot.version, addend
+    def _slot_name(self, address: int) -> SlotName | str:
+        """What names a slot of the new build, its resolver (IRELATIVE) by the old build's address."""
+        name = slot_name(self.new.image, address)
+        assert name is not None
+        if name.type != R_X86_64_IRELATIVE:
+            return name
+        function = self.new.function_of(name.addend)
+        old_entry = self.comparison.old_entry(function) if function >= 0 else None
+        if old_entry is None:
+            return "the resolver of the indirect function has no counterpart"
+        return name._replace(addend=old_entry)
 
-    def _stubs_by_name(self) -> dict[tuple[bool, str, str, int], int]:
+    def _stubs_by_name(self) -> dict[SlotName, int]:
         image = self.old.image
-        found: dict[tuple[bool, str, str, int], int] = {}
+        found: dict[SlotName, int] = {}
         for stub, address in image.plt.items():
-            slot = image.slots.get(address)
-            if slot is not None:
-                found.setdefault(
-                    (slot.type not in (*SYMBOL_VALUES, R_X86_64_IRELATIVE), slot.symbol, slot.version, slot.addend),
-                    stub,
-                )
+            name = slot_name(image, address)
+            if name is not None:
+                found.setdefault(name, stub)
         return found
 
-    def _slots_by_name(self) -> dict[tuple[bool, str, str, int], int]:
+    def _slots_by_name(self) -> dict[SlotName, int]:
+        """The slots that only the dynamic linker writes: a variable that begins as a pointer to an import is none."""
         image = self.old.image
-        return {
-            (slot.type not in (*SYMBOL_VALUES, R_X86_64_IRELATIVE), slot.symbol, slot.version, slot.addend): address
-            for address, slot in image.slots.items()
-            if image.section_at(address) is not None
-        }
+        found: dict[SlotName, int] = {}
+        for address in image.slots:
+            name = slot_name(image, address)
+            if name is not None and image.kind_at(address) is Kind.GOT:
+                found[name] = address
+        return found
 
     # -- constants ------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ a variable of the running program that no patch may touch.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from elfdiff.patchfile import read_patch, write_patch
 from elfdiff.patchobject import PatchObject, Severity
 from fixtures.intact import altered_code, writable_and_executable
 from patcher.transaction import apply, revert
+from tests.compile import Compiler
 
 PRELUDE = """
 #define _GNU_SOURCE
@@ -128,3 +130,45 @@ def there_and_back(program: Running, patch: PatchObject, before: Sequence[int], 
         revert(program.pid)
         assert program.ask(*numbers) == list(before)
         assert altered_code(program.pid) == []
+
+
+COMPANY = MAIN[MAIN.index("static long company_a") : MAIN.index("int main")]
+SONAME = "libanswer.so"
+
+
+@dataclass(frozen=True)
+class LibraryPair:
+    """Two builds of a library that defines ``answer``, and the program that is linked with it."""
+
+    old: Path
+    new: Path
+    program: Path
+
+    def running(self, *, new: bool = False, **environment: str) -> Running:
+        """The program with the old library, or with the new one."""
+        folder = (self.new if new else self.old).parent
+        return Running([self.program], {"LD_LIBRARY_PATH": str(folder), **environment})
+
+
+def library_pair(
+    compiled: Compiler, old: str, new: str, *flags: str, cc: str = "gcc", stripped: bool = True, main: str = MAIN
+) -> LibraryPair:
+    """Build both texts as ``libanswer.so``, beside code that does not change."""
+    builds = []
+    for text in (old, new):
+        files = {"answer.c": PRELUDE + text, "company.c": PRELUDE + COMPANY}
+        built = compiled(files, *flags, f"-Wl,-soname,{SONAME}", link="library", cc=cc, stripped=stripped)
+        builds.append(named(built, SONAME))
+    program = compiled({"main.c": PRELUDE + main}, str(builds[0]))
+    return LibraryPair(builds[0], builds[1], program)
+
+
+def named(built: Path, name: str) -> Path:
+    """The same file under another name, in a folder of its own; never written in place, as others may run it."""
+    target = built.parent / "named" / name
+    if not target.exists():
+        target.parent.mkdir(exist_ok=True)
+        draft = target.with_name(f"{name}.{os.getpid()}")
+        shutil.copy(built, draft)
+        draft.replace(target)
+    return target
