@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -189,9 +191,7 @@ def _inconsistent(why: str) -> BadInput:
 
 def texts(body: Body) -> list[str]:
     """Each instruction in Intel's syntax, its references by name; what does not decode as bytes."""
-    import capstone  # noqa: PLC0415  (87 ms, and only a listing needs it)
-
-    decoder = capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64)
+    decoder = _decoder()
     found = []
     for item in body.instructions:
         raw = body.code[item.at : item.at + item.size]
@@ -201,6 +201,26 @@ def texts(body: Body) -> list[str]:
             continue
         found.append(_named(body, item, text[2], text[3]))
     return found
+
+
+def immediate_differs(old: Body, new: Body, row: Row) -> bool:
+    """Whether two instructions that correspond differ in an immediate: not only in registers or displacements."""
+    assert row.old is not None and row.new is not None
+    first, second = (_immediates(body, index) for body, index in ((old, row.old), (new, row.new)))
+    return first != second
+
+
+def _immediates(body: Body, index: int) -> list[str]:
+    item = body.instructions[index]
+    text = next(_decoder().disasm_lite(body.code[item.at : item.at + item.size], 0, 1), None)
+    return [] if text is None else re.findall(r"\b(?:0x)?[0-9][0-9a-f]*\b", re.sub(r"\[.*?\]", "", text[3]))
+
+
+@cache
+def _decoder() -> Any:
+    import capstone  # noqa: PLC0415  (87 ms, and only a listing needs it)
+
+    return capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64)
 
 
 def _named(body: Body, item: Instruction, mnemonic: str, operands: str) -> str:

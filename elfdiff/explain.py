@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from elfdiff.codediff_x86_64 import Body, Change, Row, compare_code, read_bodies
+from elfdiff.codediff_x86_64 import Body, Change, Row, compare_code, immediate_differs, read_bodies
 from elfdiff.diff import Options, analyse, summary
 from elfdiff.errors import EXIT_NAMES, BadInput, LivegraftError
 from elfdiff.evidence import Evidence, EvidenceKind, FunctionEvidence, Names, Reference, unpack
@@ -37,6 +37,8 @@ from elfdiff.patchobject import (
 
 MIN_CONTAINED = 0.6
 """Share of a function's neighbouring opcodes that another one must have, too, to be taken for an inlined copy."""
+MIN_CHANGE = 3
+"""Removed and added instructions that tell one function's change from another's."""
 MIN_MOVED = 0.8
 """Share of a new function's neighbouring opcodes that an old one must have to be where its code comes from."""
 MIN_BODY = 6
@@ -404,9 +406,19 @@ class _Inlined:
         for other in candidates - {number}:
             item = self.functions[other]
             smaller = MIN_BODY <= len(item.rows) < size
-            if smaller and not self.hunks[other] - mine and self._contained(other, number):
+            if smaller and not self.hunks[other] - mine and self._telling(item) and self._contained(other, number):
                 found.append((len(item.rows), item.function.name))
         return [name for _, name in sorted(found, reverse=True)[:MANY_NAMED]]
+
+    @staticmethod
+    def _telling(item: ExplainedFunction) -> bool:
+        """A change that two functions hardly share by chance, as they share the moved fields of a structure."""
+        counts, old, new = item.counts, item.old, item.new
+        assert counts is not None and old is not None and new is not None
+        if counts.removed + counts.added >= MIN_CHANGE:
+            return True
+        operands = (row for row in item.rows if row.change is Change.OPERAND)
+        return any(immediate_differs(old, new, row) for row in operands)
 
     def _contained(self, small: int, large: int) -> bool:
         first, second = self._pairs(small), self._pairs(large)

@@ -131,7 +131,8 @@ def _finding(finding: Finding) -> Iterator[str]:
     yield f'<article class="finding {kind}"><h3><span class="tag">{kind}</span> {_code(finding.code)}</h3>'
     yield f"<p><strong>{_text(finding.what)}</strong></p><p>{_text(finding.why)}.</p>"
     if finding.where:
-        yield "<ul>" + "".join(f"<li>{_code(place)}</li>" for place in finding.where) + "</ul>"
+        places = "".join(f"<li>{_code(place)}</li>" for place in finding.where)
+        yield f'<ul class="names">{places}</ul>'
     yield f"<p>What would lift it: {_text(finding.lift)}.</p></article>"
 
 

@@ -53,7 +53,7 @@ table { border-collapse: collapse; }
 caption { text-align: left; color: var(--soft); padding: 0.2rem 0; }
 table.index th, table.index td { padding: 0.2rem 0.9rem 0.2rem 0; border-bottom: 1px solid var(--line); }
 table.index th { text-align: left; font-weight: 600; }
-table.index tbody th { font-weight: normal; }
+table.index tbody th { font-weight: normal; min-width: 11rem; }
 table.index td:nth-child(3), table.index td:nth-child(4) { text-align: right; font-variant-numeric: tabular-nums; }
 table.index th:nth-child(3), table.index th:nth-child(4) { text-align: right; }
 summary { cursor: pointer; padding: 0.25rem 0; color: var(--link); }
@@ -79,6 +79,7 @@ button {
   dl { grid-template-columns: 1fr; gap: 0; }
   dd { margin-bottom: 0.5rem; }
   article { padding: 0.6rem; }
+  table.index th, table.index td { padding-right: 0.5rem; }
   table.code thead, table.code td.mark, tr.same td.old { display: none; }
   table.code tr, table.code td { display: block; width: 100%; }
   td.old:empty, td.new:empty { display: none !important; }

@@ -51,13 +51,16 @@ BOLD, DIM, RED, GREEN, YELLOW, CYAN = 1, 2, 31, 32, 33, 36
 def overview(explanation: Explanation, style: Style) -> Iterator[str]:
     """Everything but listings of code."""
     yield from _head(explanation, style)
+    findings = [line for finding in explanation.findings for line in _finding(finding, style)]
+    if explanation.verdict.code:
+        yield from findings  # they are what is asked for
     for item in explanation.functions:
         yield from _function(item, style)
     if not explanation.complete:
         yield "    (made by a version of livegraft that kept no evidence: nothing is known of the reasons' details)"
     yield from _rest(explanation, style)
-    for finding in explanation.findings:
-        yield from _finding(finding, style)
+    if not explanation.verdict.code:
+        yield from findings
 
 
 def _head(explanation: Explanation, style: Style) -> Iterator[str]:

@@ -114,8 +114,8 @@ def _style() -> Style:
 def _write_page(explanation: Explanation, arguments: argparse.Namespace) -> None:
     from patcher.explanation_html import page, write_page
 
-    command = f"livegraft inspect {arguments.patch}{f' {arguments.new}' if arguments.new else ''}"
-    write_page(page(explanation, arguments.context, command), arguments.html)
+    names = [path.name for path in (arguments.patch, arguments.new) if path is not None]
+    write_page(page(explanation, arguments.context, " ".join(["livegraft inspect", *names])), arguments.html)
 
 
 def _lines(text: str) -> int:
