@@ -138,7 +138,7 @@ def _load(path: Path, options: Options) -> tuple[Image, DebugInfo | None]:
 def _refused(what: str, refusals: tuple[Finding, ...]) -> Refused:
     error = Refused(
         f"{what}: not safe to patch ({len(refusals)} finding(s))",
-        why="; ".join(f"{f.code}: {f.what}" for f in refusals),
+        why=", ".join(dict.fromkeys(f.code for f in refusals)),
         next_step=refusals[0].lift,
         details=tuple(line for finding in refusals for line in finding.lines()),
     )

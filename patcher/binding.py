@@ -95,12 +95,10 @@ def _require_no_refusal(patch: PatchObject) -> None:
     refusals = [item for item in patch.findings if item.severity is Severity.REFUSE]
     if refusals:
         first = refusals[0]
-        raise Refused(
-            first.what,
-            why=first.why,
-            next_step=first.lift,
-            details=tuple(f"{item.code}: {item.what}: {', '.join(item.where)}" for item in refusals),
-        )
+        details = tuple(line for item in refusals for line in item.lines())
+        error = Refused(first.what, why=first.why, next_step=first.lift, details=details)
+        error.findings = tuple(refusals)
+        raise error
 
 
 def _require_sound(patch: PatchObject) -> None:

@@ -14,10 +14,11 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from types import FrameType
 from typing import Any, NoReturn, cast
 
-from elfdiff.errors import EXIT_NAMES, BadInput, LivegraftError
+from elfdiff.errors import EXIT_NAMES, BadInput, LivegraftError, Refused
 
 from .commands import Report, Verb
 
@@ -172,7 +173,10 @@ def _show_json(body: dict[str, Any], verb: str, code: int) -> None:
 def _fail(error: LivegraftError, verb: str, as_json: bool) -> int:
     details = (*error.details, *getattr(error, "__notes__", ()))
     if as_json:
-        said = {"what": error.what, "why": error.why, "next": error.next_step, "details": list(details)}
+        said: dict[str, Any] = {"what": error.what, "why": error.why, "next": error.next_step}
+        said["details"] = list(details)
+        if isinstance(error, Refused) and error.findings:
+            said["findings"] = [asdict(finding) for finding in error.findings]
         _show_json({"error": said}, verb, error.exit_code)
         return error.exit_code
     sys.stderr.write(f"livegraft: {error.what}\n")

@@ -110,7 +110,7 @@ class Contents:
     """What a slot says. ``instance`` names one transaction; ``replaces`` are the instances that it put aside.
 
     ``time`` is in seconds since the epoch; ``sealed`` says that the mappings come from a memfd and not from
-    anonymous memory.
+    anonymous memory. ``lifted`` are the codes of findings for which the patch would have been refused without --allow.
     """
 
     patch: str
@@ -127,6 +127,7 @@ class Contents:
     functions: tuple[RecordedFunction, ...]
     journal: tuple[JournalEntry, ...]
     replaces: tuple[str, ...]
+    lifted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +276,7 @@ def _contents(value: Any) -> Contents:
         functions=tuple(_function(item) for item in _items(fields["functions"])),
         journal=tuple(_journal_entry(item) for item in _items(fields["journal"])),
         replaces=tuple(_hex(item) for item in _items(fields["replaces"])),
+        lifted=tuple(_text(item) for item in _items(fields["lifted"])),
     )
 
 

@@ -258,6 +258,7 @@ def make_draft(binding: Binding, base: int, now: Situation, memory: Memory, tool
         functions=_functions(binding, bias),
         journal=journal_for_apply(binding, bias, now, memory.read_many),
         replaces=tuple(record.contents.instance for record in now.active),
+        lifted=tuple(sorted({item.code for item in patch.findings if item.lifted})),
     )
     return Draft(contents, segments)
 

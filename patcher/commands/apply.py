@@ -25,9 +25,19 @@ def run(arguments: argparse.Namespace) -> Report:
     from elfdiff.patchfile import read_patch
 
     from .. import transaction
-    from .shared import builds_line, functions_line, outcome_json, pause_line, safe
+    from .shared import (
+        builds_line,
+        findings_json,
+        functions_line,
+        lifted_lines,
+        outcome_json,
+        pause_line,
+        safe,
+        warning_lines,
+    )
 
-    outcome = transaction.apply(arguments.pid, read_patch(arguments.patch), timeout=arguments.timeout)
+    patch = read_patch(arguments.patch)
+    outcome = transaction.apply(arguments.pid, patch, timeout=arguments.timeout)
     contents = outcome.contents
     head = f"{safe(outcome.process)} (pid {outcome.pid})"
     if outcome.already:
@@ -40,6 +50,7 @@ def run(arguments: argparse.Namespace) -> Report:
             f"  pause      {pause_line(outcome)}",
             f"  mapped     {outcome.mapped_bytes // 1024} KiB",
         ]
+        text += [f"  {line}" for line in (*lifted_lines(contents), *warning_lines(patch))]
         text += [f"  replaced   {item.short_id}" for item in outcome.others]
         text += [f"  undo with  livegraft revert --pid {outcome.pid} {contents.patch[:12]}"]
-    return Report(outcome_json(outcome), text)
+    return Report({**outcome_json(outcome), "findings": findings_json(patch)}, text)

@@ -24,9 +24,19 @@ def run(arguments: argparse.Namespace) -> Report:
     from elfdiff.patchfile import read_patch
 
     from .. import transaction
-    from .shared import builds_line, functions_line, outcome_json, pause_line, safe
+    from .shared import (
+        builds_line,
+        findings_json,
+        functions_line,
+        lifted_lines,
+        outcome_json,
+        pause_line,
+        safe,
+        warning_lines,
+    )
 
-    outcome = transaction.check(arguments.pid, read_patch(arguments.patch), timeout=arguments.timeout)
+    patch = read_patch(arguments.patch)
+    outcome = transaction.check(arguments.pid, patch, timeout=arguments.timeout)
     contents = outcome.contents
     head = f"{safe(outcome.process)} (pid {outcome.pid})"
     if outcome.already:
@@ -39,7 +49,9 @@ def run(arguments: argparse.Namespace) -> Report:
             f"  pause      {pause_line(outcome)}",
             f"  to map     {outcome.mapped_bytes // 1024} KiB",
         ]
+        text += [f"  {line}" for line in (*lifted_lines(contents), *warning_lines(patch))]
         text += [f"  replaces   {item.short_id}" for item in outcome.others]
-    body = {**outcome_json(outcome), "state": "applied" if outcome.already else "applicable"}
+    state = "applied" if outcome.already else "applicable"
+    body = {**outcome_json(outcome), "findings": findings_json(patch), "state": state}
     body.pop("applied_at")
     return Report(body, text)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from . import plural
 
 if TYPE_CHECKING:
-    from elfdiff.patchobject import Build
+    from elfdiff.patchobject import Build, PatchObject
     from patcher.record import Contents, RecordedFunction, State
     from patcher.transaction import Outcome
 
@@ -43,6 +44,7 @@ def contents_json(contents: Contents) -> dict[str, Any]:
         "new": build_json(contents.new, contents.new_bias),
         "applied_at": moment(contents.time),
         "tool_version": contents.tool_version,
+        "lifted": list(contents.lifted),
         "functions": [function_json(item) for item in contents.functions],
     }
 
@@ -64,6 +66,21 @@ def outcome_json(outcome: Outcome) -> dict[str, Any]:
         "others": [{"id": item.contents.patch, "was": state_name(item.state)} for item in outcome.others],
         **contents_json(outcome.contents),
     }
+
+
+def lifted_lines(contents: Contents) -> list[str]:
+    """Return what was lifted when the patch was made, where anything was; the codes come from the target."""
+    return [f"lifted     {', '.join(map(safe, contents.lifted))}, by --allow"] if contents.lifted else []
+
+
+def findings_json(patch: PatchObject) -> list[dict[str, Any]]:
+    """Return the findings of a patch as JSON."""
+    return [asdict(item) for item in patch.findings]
+
+
+def warning_lines(patch: PatchObject) -> list[str]:
+    """Return what the patch warns of, a line each."""
+    return [f"warning    {item.code}: {item.what}" for item in patch.findings if not item.lifted]
 
 
 def moment(seconds: int) -> str:

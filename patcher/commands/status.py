@@ -57,13 +57,14 @@ def _json(patch: CarriedPatch) -> dict[str, Any]:
 
 
 def _lines(patch: CarriedPatch, pid: int) -> list[str]:
-    from .shared import builds_line, functions_line, moment, safe, state_name
+    from .shared import builds_line, functions_line, lifted_lines, moment, safe, state_name
 
     record = patch.record
     lines = [
         f"  {record.short_id}  {state_name(record.state)}",
         f"    build      {safe(builds_line(record.contents))}",
         f"    functions  {functions_line(record.contents)}",
+        *(f"    {line}" for line in lifted_lines(record.contents)),
         f"    since      {moment(record.contents.time)}, by livegraft {safe(record.contents.tool_version)}",
     ]
     if record.interrupted:

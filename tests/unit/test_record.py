@@ -47,6 +47,7 @@ def contents(**changes: object) -> Contents:
         functions=(RecordedFunction("f", 0x5555_5555_1000, 32, 0x5555_4555_0100, 48, True),),
         journal=(JournalEntry(0x5555_5555_1000, b"\x90" * 5, b"\x90" * 5, b"\xe9\1\2\3\4"),),
         replaces=(),
+        lifted=("struct-layout",),
     )
     return replace(base, **changes)  # type: ignore[arg-type]
 
