@@ -143,10 +143,10 @@ class ObjectFile:
         """A local symbol with its file; the number that gcc gives to a static variable of a function is no name."""
         kind, name = symbol["st_info"]["type"], str(symbol.name)
         if kind == "STT_FILE":
-            self._source = name.rsplit("/", 1)[-1]
+            self._source = _source_file(name)
         if kind == "STT_OBJECT":
             name = re.sub(r"\.\d+$", "", name)
-        return f"{self._source}:{name}" if symbol["st_info"]["bind"] == "STB_LOCAL" else name
+        return f"{self._source}{name}" if symbol["st_info"]["bind"] == "STB_LOCAL" else name
 
     def functions(self) -> dict[str, Code]:
         """Every function with a size."""
@@ -270,17 +270,28 @@ def _line_rows(elf: Any) -> list[tuple[int, int]]:
     return rows
 
 
+def _source_file(name: str) -> str:
+    """What a local symbol's name begins with.
+
+    Nothing where the linker made a hidden symbol local (its file symbol has no name), or named the object file of
+    an assembler source, which has no file symbol itself.
+    """
+    name = name.rsplit("/", 1)[-1]
+    return f"{name}:" if name and not name.endswith(".o") else ""
+
+
 def linked_names(path: Path) -> dict[int, str]:
     """Start of every function of a linked file -> its name, as ``Difference`` names it."""
-    found, source = {}, ""
+    found: dict[int, str] = {}
+    source = ""
     with path.open("rb") as stream:
         table = ELFFile(stream).get_section_by_name(".symtab")
         assert table is not None, f"{path} is stripped"
         for symbol in table.iter_symbols():
             kind = symbol["st_info"]["type"]
             if kind == "STT_FILE":
-                source = symbol.name.rsplit("/", 1)[-1]
+                source = _source_file(symbol.name)
             elif kind == "STT_FUNC" and symbol["st_size"]:
                 local = symbol["st_info"]["bind"] == "STB_LOCAL"
-                found.setdefault(symbol["st_value"], f"{source}:{symbol.name}" if local else symbol.name)
+                found.setdefault(symbol["st_value"], f"{source}{symbol.name}" if local else symbol.name)
     return found

@@ -37,6 +37,6 @@ def test_vsftpd(source_pair: Callable[[Recipe], tuple[Built, Built]]) -> None:
     assert pair.truth.added == {"vsf_sysutil_realpath"}
     check(pair)
     assert not pair.timid
-    assert pair.error is None and pair.patch is not None
-    assert {f.code for f in pair.patch.findings} == {"new-import"}
-    assert {one.name for one in pair.patch.imports} == {"strndup", "strcpy", "strrchr"}
+    assert pair.analysis.error is None
+    assert pair.warnings.keys() == {"new-import"}
+    assert {one.name for one in pair.analysis.patch().imports} == {"strndup", "strcpy", "strrchr"}
