@@ -42,7 +42,7 @@ class EvidenceKind(StrEnum):
     CODE = "code"  # its own instructions differ
     SOURCE = "source"  # the source lines of the difference, where debug information names them
     NAMES = "names"  # what only the old code names, and what only the new one
-    INLINED = "inlined"  # the change of a function that it contains
+    INLINED = "inlined"  # the change of a function that it contains; ``new`` says if debug information shows it
     CONSTANT = "constant"  # a constant that it reads differs
     CALLEE = "callee"  # it calls, or takes the address of, another function or import
     VARIABLE = "variable"  # it uses another variable

@@ -326,7 +326,8 @@ def _with_code(found: list[ExplainedFunction]) -> Iterator[ExplainedFunction]:
             yield replace(item, evidence=(*item.evidence, *moved.get(item.function.new_start, ())))
             continue
         evidence = [Evidence(EvidenceKind.CODE), *_names(item), *item.evidence]
-        evidence += [Evidence(EvidenceKind.INLINED, subject=name) for name in inlined.into(number)]
+        if not any(e.kind in (EvidenceKind.SOURCE, EvidenceKind.INLINED) for e in item.evidence):
+            evidence += [Evidence(EvidenceKind.INLINED, subject=name) for name in inlined.into(number)]
         yield replace(item, evidence=tuple(evidence))
 
 

@@ -144,8 +144,8 @@ class Naming:
         if table is not None:
             return Names.TABLE, f"switch table ({len(table.targets)} cases)"
         if reading == _POINTER:
-            text = code.image.string_at(address, STRING_LIMIT)
-            return (Names.OWN_CONSTANT, quote(text)) if text and is_text(text) else None
+            text = string_at(code.image, address)
+            return (Names.OWN_CONSTANT, quote(text)) if text else None
         section = code.image.section_at(address)
         size = abs(reading)
         if section is None or section.kind is not Kind.CONSTANT or address + size > section.end:
@@ -166,6 +166,14 @@ class Naming:
 
 _POINTER = 0
 """Reading: the address itself is used. Else the bytes that are read there, negative for a floating-point number."""
+
+
+def string_at(image: Image, address: int) -> bytes | None:
+    """The text at an address, or None where there is none: a pointer, numbers, nothing."""
+    if image.pointer_at(address) is not None:
+        return None
+    text = image.string_at(address, STRING_LIMIT)
+    return text if text and is_text(text) else None
 
 
 def as_address(code: Code, row: int) -> bool:

@@ -6,6 +6,8 @@ here; ``explain`` works it out from them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from elfdiff.code import Code
@@ -13,10 +15,11 @@ from elfdiff.comparison import Comparison
 from elfdiff.constants import Segment
 from elfdiff.evidence import MAX_LABEL, Evidence, EvidenceKind, FunctionEvidence, Reference, Run
 from elfdiff.image import Image, Kind
-from elfdiff.naming import STRING_LIMIT, Naming, as_address
+from elfdiff.naming import Naming, as_address, string_at
 from elfdiff.patchbuild import Draft
 from elfdiff.patchobject import Reason
-from elfdiff.quoting import hexadecimal, is_text, quote_both
+from elfdiff.quoting import hexadecimal, quote_both
+from elfdiff.sourceplaces import source_evidence
 
 MANY = 8
 """Callers, pointers and the like that one piece of evidence names."""
@@ -52,7 +55,7 @@ class _Collector:
             i = int(self.comparison.matching.old_of[j])
             found.append(
                 FunctionEvidence(
-                    evidence=tuple(self._evidence(function.reason, j)),
+                    evidence=(*self._evidence(function.reason, j), *self._places(function.reason, i, j, runs)),
                     old=self._references(self.comparison.old, i) if i >= 0 else (),
                     new=self._references(self.comparison.new, j),
                     runs=runs.get(j, ()),
@@ -105,6 +108,11 @@ class _Collector:
             return [self._decided(j, *self.comparison.decided[j])]
         return []
 
+    def _places(self, reason: Reason, i: int, j: int, runs: dict[int, tuple[Run, ...]]) -> Iterator[Evidence]:
+        if reason is Reason.CODE and any(self.draft.debug):
+            codes = self.comparison.old, self.comparison.new
+            yield from source_evidence(self.draft.debug, codes, (i, j), runs.get(j, ()))
+
     def _decided(self, j: int, o: int, n: int) -> Evidence:
         old, new = self.comparison.old.image, self.comparison.new.image
         kinds = old.kind_at(o), new.kind_at(n)
@@ -112,6 +120,8 @@ class _Collector:
             return self._number(j, o, n) or self._constant(o, n)
         data = all(kind in (Kind.DATA, Kind.BSS, Kind.RELRO, Kind.CONSTANT) for kind in kinds)
         names = self.naming.old_address(o), self.naming.new_address(n)
+        if data and self.comparison.addresses.old_of.get(n) is None:
+            return Evidence(EvidenceKind.VARIABLE, "unknown", *names)
         return Evidence(EvidenceKind.VARIABLE if data else EvidenceKind.CALLEE, "", *names)
 
     def _users(self, j: int) -> str:
@@ -172,12 +182,8 @@ class _Collector:
         return Evidence(EvidenceKind.CONSTANT, subject[:MAX_LABEL], old, new)
 
     def _strings(self, o: int, n: int) -> tuple[str, str] | None:
-        texts = [
-            image.string_at(address, STRING_LIMIT)
-            for image, address in ((self.comparison.old.image, o), (self.comparison.new.image, n))
-        ]
-        first, second = texts
-        if first is None or second is None or first == second or not (is_text(first) and is_text(second)):
+        first, second = string_at(self.comparison.old.image, o), string_at(self.comparison.new.image, n)
+        if first is None or second is None or first == second:
             return None
         return quote_both(first, second)
 

@@ -131,7 +131,9 @@ def sentences(evidence: Evidence, counts: CodeCounts | None) -> list[str]:
             gone, gained = f"no longer names {old}", f"names now {new}"
             return [text for text, there in ((gone, old), (gained, new)) if there]
         case EvidenceKind.SOURCE:
-            return [f"the difference lies in {subject}"]
+            return [f"by its source lines: {old or 'unknown'} -> {new or 'unknown'}"]
+        case EvidenceKind.INLINED if new:
+            return [f"the difference lies in code of {subject}, which is inlined here"]
         case EvidenceKind.INLINED:
             return [f"the change of {subject} is found in it: it seems to be inlined here"]
         case EvidenceKind.CONSTANT:
@@ -140,6 +142,8 @@ def sentences(evidence: Evidence, counts: CodeCounts | None) -> list[str]:
             return [f"it reads {what}, which differs{values}"]
         case EvidenceKind.CALLEE:
             return [f"the same bytes lead to another function: {old} -> {new}"]
+        case EvidenceKind.VARIABLE if subject == "unknown":
+            return [f"nothing shows that both builds mean the same variable: {old}, and now {new}"]
         case EvidenceKind.VARIABLE:
             return [f"the same bytes lead to another variable: {old} -> {new}"]
         case EvidenceKind.CLOSURE:
