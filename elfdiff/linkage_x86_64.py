@@ -7,7 +7,6 @@ Every linker has its own form; all end in ``jmp *slot(%rip)`` with one of these 
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-
 from typing import NamedTuple
 
 import numpy as np
