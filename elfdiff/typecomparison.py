@@ -18,8 +18,8 @@ from elfdiff.dwarftypes import Layout, Member, TypeReader
 class TypeChange:
     """A type whose objects lie otherwise in memory.
 
-    ``differences`` are for people, one a member; ``users`` are the changed functions (new) that name the type;
-    ``unit`` is the source file in whose code it was found.
+    ``differences`` are for people, one a member. ``users`` are the changed functions (new) that name the type, or
+    where none does, those with code of ``unit``, the source file in whose code it was found.
     """
 
     kind: str
@@ -133,7 +133,7 @@ class _Comparer:
             for layout in layouts:
                 differences = [list(_differences(old, layout)) for old in known]
                 if all(differences):
-                    users = tuple(j for j, (f, _) in self.pairs.items() if self._uses(f, key[1]))
+                    users = self._users(key[1], unit)
                     fewest = sorted(differences, key=_length)[0]
                     yield key, TypeChange(key[0], key[1], tuple(fewest), users, unit)
 
@@ -146,7 +146,13 @@ class _Comparer:
                     self.new_types.type_of(self.new.origin(die)),
                 )
                 if texts[0] != texts[1]:
-                    yield name, TypeChange("variable", name, (f"{texts[0]} -> {texts[1]}",), (), unit)
+                    yield name, TypeChange("variable", name, (f"{texts[0]} -> {texts[1]}",), self._inside(unit), unit)
+
+    def _users(self, name: str, unit: str) -> tuple[int, ...]:
+        return tuple(j for j, (f, _) in self.pairs.items() if self._uses(f, name)) or self._inside(unit)
+
+    def _inside(self, unit: str) -> tuple[int, ...]:
+        return tuple(j for j, (f, _) in self.pairs.items() if any(u.name == unit for u in f.units))
 
     def _uses(self, function: Function, name: str) -> bool:
         """A parameter or variable of the function, inlined code included, is or points to such a type."""

@@ -133,7 +133,8 @@ def ambiguous_functions(draft: Draft) -> Iterator[Finding]:
     references = old.references
     taken = (references.opcode == LEA) | (references.kind >= FieldKind.ABSOLUTE_DISPLACEMENT)
     pointers = np.union1d(references.target[taken], old.image.relative_targets)
-    doubtful = [i for i in sorted(draft.comparison.matching.contradicted) if int(old.starts[i]) in pointers]
+    doubted = draft.comparison.matching.contradicted | _folded(draft)
+    doubtful = [i for i in sorted(doubted) if int(old.starts[i]) in pointers]
     if doubtful:
         yield Finding(
             "ambiguous-function",
@@ -143,6 +144,24 @@ def ambiguous_functions(draft: Draft) -> Iterator[Finding]:
             "their bytes say one thing, what refers to them another; pointers to them may be stored in live data",
             "restart the program",
         )
+
+
+def _folded(draft: Draft) -> set[int]:
+    """Old functions whose address unchanged code takes where it takes that of another, unrelated one in the new build.
+
+    Linkers that fold identical code (--icf=all) make one function of two, or two of one when they part. A change of
+    the source from one function to another that both builds have is none of this.
+    """
+    comparison = draft.comparison
+    old, new, pins = comparison.old, comparison.new, comparison.addresses.pins
+    references, matching = old.references, comparison.matching
+    taken = (references.opcode[pins.left] == LEA) | (references.kind[pins.left] >= FieldKind.ABSOLUTE_DISPLACEMENT)
+    first, second = old.function_at(pins.old[taken]), new.function_at(pins.new[taken])
+    entries = (first >= 0) & (second >= 0)
+    entries &= (old.starts[first] == pins.old[taken]) & (new.starts[second] == pins.new[taken])
+    first, second = first[entries], second[entries]
+    doubtful = (matching.new_of[first] != second) & ((matching.new_of[first] < 0) | (matching.old_of[second] < 0))
+    return set(first[doubtful].tolist())
 
 
 def initial_values(draft: Draft) -> Iterator[Finding]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from elfdiff.findings.places import MANY, functions, where
+from elfdiff.jumptables_x86_64 import kept_labels
 from elfdiff.patchbuild import Draft
 from elfdiff.patchobject import Finding, PatchFunction, Severity
 
@@ -74,14 +75,23 @@ def code_without_unwind(draft: Draft) -> Iterator[Finding]:
 
 
 def label_tables(draft: Draft) -> Iterator[Finding]:
-    """Tables of labels (computed goto) of a changed function: old labels may be stored in live data."""
+    """Labels of a changed function are values (computed goto): old ones may be stored in live data."""
+    comparison = draft.comparison
     tables = draft.resolver.label_tables
-    if tables:
+    places = [where(comparison.new.image, t) for t in sorted(tables)]
+    for function in draft.functions:
+        j = comparison.new.function_of(function.new_start)
+        taken = kept_labels(comparison.new, j, comparison.tables[1])
+        if taken is None and function.old_start is not None:
+            taken = kept_labels(comparison.old, comparison.old.function_of(function.old_start), comparison.tables[0])
+        if taken is not None:
+            places += functions(draft, [j])
+    if places:
         yield Finding(
             "label-table",
             Severity.REFUSE,
-            f"{len(tables)} table(s) of code labels belong to changed functions",
-            tuple(where(draft.comparison.new.image, t) for t in sorted(tables)[:MANY]),
+            f"changed functions take the addresses of their labels in {len(places)} place(s)",
+            tuple(places[:MANY]),
             "if the program stores label addresses (direct threaded code), stored ones lead into the old code",
             "if labels are only jumped to and never stored, --allow label-table",
         )

@@ -43,7 +43,7 @@ def variable_types(draft: Draft) -> Iterator[Finding]:
             "variable-type",
             Severity.REFUSE,
             f"variable {change.name} has another type: {_shown(change)}",
-            (change.unit,),
+            _users(draft, change),
             "the running program keeps the value that it has, as the old type lays it out",
             "restart the program; or --allow variable-type if the new code reads the old value right",
         )
@@ -68,5 +68,5 @@ def _shown(change: TypeChange) -> str:
 
 
 def _users(draft: Draft, change: TypeChange) -> tuple[str, ...]:
-    """The changed functions that name the type, or at least the unit that has it."""
+    """The changed functions that may use it, or at least the unit that has it."""
     return functions(draft, change.users) or (f"code of {change.unit}",)

@@ -66,9 +66,10 @@ def comparison_options(arguments: argparse.Namespace) -> Options:
 def run(arguments: argparse.Namespace) -> Report:
     """Compare and write."""
     from elfdiff.diff import diff, summary
-    from elfdiff.patchfile import write_patch
-    from patcher.explanation_text import functions_line
+    from elfdiff.patchfile import require_output, write_patch
+    from patcher.explanation_words import functions_line
 
+    require_output(arguments.output, (arguments.old, arguments.new))
     patch = diff(arguments.old, arguments.new, comparison_options(arguments))
     patch = write_patch(patch, arguments.output)
     counts = summary(patch)
@@ -108,6 +109,6 @@ def finding_lines(patch: PatchObject) -> list[str]:
     """Return the findings for people."""
     lines = []
     for finding in patch.findings:
-        lines.append(f"{finding.severity:<10} {finding.code}: {finding.what}")
-        lines.append(f"             {finding.why}")
+        first, *rest = finding.lines()
+        lines += [f"{finding.severity:<10} {first}", *(f"           {line}" for line in rest)]
     return lines
