@@ -19,7 +19,7 @@ from elfdiff.explain import ExplainedFunction, Explanation
 from elfdiff.patchobject import Finding, Severity
 from elfdiff.quoting import printable
 from patcher.explanation_page import SCRIPT, STYLE
-from patcher.explanation_text import (
+from patcher.explanation_words import (
     adds_line,
     functions_line,
     place_line,

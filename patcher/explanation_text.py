@@ -1,4 +1,4 @@
-"""An explanation as lines of text for a terminal or a file; also the sentences that the page shares."""
+"""An explanation as lines of text for a terminal or a file."""
 
 from __future__ import annotations
 
@@ -7,27 +7,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from elfdiff.codediff_x86_64 import Change
-from elfdiff.evidence import Evidence, EvidenceKind, Names
-from elfdiff.explain import CodeCounts, ExplainedFunction, Explanation
+from elfdiff.explain import ExplainedFunction, Explanation
 from elfdiff.patchobject import Finding
 from elfdiff.quoting import printable
+from patcher.explanation_words import (
+    adds_line,
+    functions_line,
+    place_line,
+    plural,
+    reference_counts,
+    references_line,
+    sentences,
+)
 from patcher.listing import Cell, Line, listing
 
 SIDE_BY_SIDE = 100
 """Columns below which a listing has old and new below each other."""
 MAX_COLUMN = 90
 """Columns of one side; wider only spreads the two sides apart."""
-REFERENCE_NAMES = {
-    Names.FUNCTION: "functions",
-    Names.INSIDE: "parts of functions",
-    Names.IMPORT: "imports",
-    Names.VARIABLE: "variables",
-    Names.NEW_VARIABLE: "new variables",
-    Names.CONSTANT: "constants of the old build",
-    Names.OWN_CONSTANT: "own constants",
-    Names.TABLE: "switch tables",
-    Names.OTHER: "others",
-}
 LEGEND = "< removed   > added   | changed   ~ names something else"
 
 
@@ -95,11 +92,11 @@ def _rest(explanation: Explanation, style: Style) -> Iterator[str]:
         yield f"             the new code names {named}"
     yield f"  adds       {adds_line(explanation)}"
     yield f"  code       {sizes.old_code} bytes of old code, {sizes.new_code} bytes of new code"
-    yield f"  checked    {_plural(explanation.checked, 'range')} of the old build before anything is written"
-    yield f"  left out   {_plural(len(explanation.line_only), 'function')} that differ in line numbers only"
+    yield f"  checked    {plural(explanation.checked, 'range')} of the old build before anything is written"
+    yield f"  left out   {plural(len(explanation.line_only), 'function')} that differ in line numbers only"
     yield from _wrapped([item.name for item in explanation.line_only], style)
     if explanation.removed:
-        yield f"  removed    {_plural(len(explanation.removed), 'function')}, to which nothing leads any more"
+        yield f"  removed    {plural(len(explanation.removed), 'function')}, to which nothing leads any more"
         yield from _wrapped([item.name for item in explanation.removed], style)
 
 
@@ -116,100 +113,6 @@ def _finding(finding: Finding, style: Style) -> Iterator[str]:
     colour = RED if finding.severity == "refuse" else YELLOW
     yield f"  {style.paint(f'{finding.severity:<10}', colour)} {printable(first)}"
     yield from (f"             {printable(line.strip())}" for line in rest)
-
-
-# -- sentences ------------------------------------------------------------------------------------------------------
-
-
-def sentences(evidence: Evidence, counts: CodeCounts | None) -> list[str]:
-    """One piece of evidence in words, a sentence a line."""
-    subject, old, new = (printable(text) for text in (evidence.subject, evidence.old, evidence.new))
-    match evidence.kind:
-        case EvidenceKind.CODE:
-            return [_code_sentence(counts)] if counts else []
-        case EvidenceKind.NAMES:
-            gone, gained = f"no longer names {old}", f"names now {new}"
-            return [text for text, there in ((gone, old), (gained, new)) if there]
-        case EvidenceKind.SOURCE:
-            return [f"by its source lines: {old or 'unknown'} -> {new or 'unknown'}"]
-        case EvidenceKind.INLINED if new:
-            return [f"the difference lies in code of {subject}, which is inlined here"]
-        case EvidenceKind.INLINED:
-            return [f"the change of {subject} is found in it: it seems to be inlined here"]
-        case EvidenceKind.CONSTANT:
-            what = f"a {subject}" if subject in ("string", "number", "switch table") else subject
-            values = f": {old} -> {new}" if old or new else ""
-            return [f"it reads {what}, which differs{values}"]
-        case EvidenceKind.CALLEE:
-            return [f"the same bytes lead to another function: {old} -> {new}"]
-        case EvidenceKind.VARIABLE if subject == "unknown":
-            return [f"nothing shows that both builds mean the same variable: {old}, and now {new}"]
-        case EvidenceKind.VARIABLE:
-            return [f"the same bytes lead to another variable: {old} -> {new}"]
-        case EvidenceKind.CLOSURE:
-            by = "through a switch table" if new == "switch table" else "by a branch"
-            return [f"it hangs together with {subject}, {by} from one into the other"]
-        case EvidenceKind.NEW:
-            return [f"has no counterpart; used by {subject}" if subject else "has no counterpart, and nothing names it"]
-        case EvidenceKind.MOVED:
-            return [f"most of its code was part of {subject} before"]
-        case EvidenceKind.LINES:
-            return ["differs in line numbers only"]
-
-
-def _code_sentence(counts: CodeCounts) -> str:
-    parts = [
-        (counts.removed, "removed"),
-        (counts.added, "added"),
-        (counts.operand, "with other operands"),
-        (counts.reference, "that name something else"),
-    ]
-    said = ", ".join(f"{number} {what}" for number, what in parts if number) or "none differs"
-    return f"its instructions differ: {said}; {counts.old} before, {counts.new} now"
-
-
-def place_line(item: ExplainedFunction) -> str:
-    """Where a function is and was, its sizes, and whether its old entry is redirected."""
-    function = item.function
-    new = f"{function.new_start:#x}, {function.new_size} bytes"
-    if function.old_start is None:
-        return f"new at {new}"
-    how = "redirected" if function.entry_jump else "moves along"
-    return f"{function.old_start:#x}, {function.old_size} bytes -> {new}; {how}"
-
-
-def functions_line(counts: dict[str, int]) -> str:
-    """How many functions are in a patch, by reason."""
-    reasons = ("code", "constant", "callee", "closure", "lines", "new")
-    parts = [f"{counts[f'functions_{reason}']} {reason}" for reason in reasons if counts[f"functions_{reason}"]]
-    return f"{counts['functions']} ({', '.join(parts) or 'none'}); {counts['entry_jumps']} redirected"
-
-
-def references_line(counts: dict[str, int]) -> str:
-    """How many references are rewritten, by what they lead to."""
-    return (
-        f"{counts['references']} rewritten: {counts['references_old_image']} into the running program, "
-        f"{counts['references_patch']} inside the patch, {counts['references_imports']} to imports"
-    )
-
-
-def reference_counts(functions: Sequence[ExplainedFunction]) -> str:
-    """How many references the new code makes, by what they name."""
-    totals = {names: sum(item.references.get(names, 0) for item in functions) for names in Names}
-    return ", ".join(f"{totals[names]} {REFERENCE_NAMES[names]}" for names in Names if totals[names])
-
-
-def adds_line(explanation: Explanation) -> str:
-    """What the patch adds to a process, in whole pages."""
-    sizes = explanation.sizes
-    return (
-        f"{sizes.executable // 1024} KiB of code, {sizes.constant // 1024} KiB of constants, "
-        f"{sizes.writable // 1024} KiB of variables (whole pages)"
-    )
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 # -- listings -------------------------------------------------------------------------------------------------------
@@ -263,7 +166,7 @@ def _unified(lines: list[Line], style: Style) -> Iterator[str]:
 
 
 def _fold(line: Line) -> str:
-    return f"  ... {_plural(line.folded, 'instruction')} the same"
+    return f"  ... {plural(line.folded, 'instruction')} the same"
 
 
 def _set(cell: Cell | None, digits: int, width: int) -> str:
