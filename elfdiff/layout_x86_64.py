@@ -18,6 +18,8 @@ from elfdiff.pairing import Alignments
 
 ARGUMENT_WINDOW = 8
 """Instructions behind an argument within which its call is looked for."""
+CONTEXT = 2
+"""Surviving instructions on either side that must be the same for a moved field to count as one."""
 PROLOGUE_SIZE = 32
 """Bytes in which a frame pointer is set up, also behind the re-alignment of the stack."""
 
@@ -40,25 +42,58 @@ class LayoutTraces:
 
 def layout_traces(alignments: Alignments, pairs: list[tuple[int, int]]) -> Iterator[LayoutTraces]:
     """Look at all changed function pairs (old, new)."""
-    old, new = alignments.old, alignments.new
     operands = _operand_reader()
     for i, j in pairs:
+        moved = _moved_operands(alignments, i, j, operands)
+        thread_local = tuple(shift for one in moved if one is not None for shift in one.thread_local)
+        fields = tuple(shift for k, one in enumerate(moved) if one is not None for shift in _in_context(moved, k))
+        explained = sum(one is not None for one in moved)
+        only = explained == len(alignments.old.instructions(i)) == len(alignments.new.instructions(j))
+        yield LayoutTraces(j, fields, only, thread_local, tuple(_allocation_sizes(alignments, i, j)))
+
+
+@dataclass(frozen=True)
+class _Moved:
+    """An instruction that is the same in both builds but for these displacements."""
+
+    old: int
+    new: int
+    fields: tuple[tuple[int, int], ...]
+    thread_local: tuple[tuple[int, int], ...]
+
+
+def _moved_operands(
+    alignments: Alignments, i: int, j: int, operands: Callable[[bytes], list[_Operand]]
+) -> list[_Moved | None]:
+    """For each surviving instruction what moved in it, or None where it differs in something else."""
+    old, new = alignments.old, alignments.new
+    framed = _keeps_frame_pointer(old, i)
+    survivors = alignments.survivors(np.array([[i, j]], np.int64), shape=True)
+    found: list[_Moved | None] = []
+    for a, b in zip(survivors.old.tolist(), survivors.new.tolist(), strict=True):
+        first, second = _instruction(old, a), _instruction(new, b)
         fields: list[tuple[int, int]] = []
         thread_local: list[tuple[int, int]] = []
-        framed = _keeps_frame_pointer(old, i)
-        survivors = alignments.survivors(np.array([[i, j]], np.int64), shape=True)
-        explained = 0
-        for a, b in zip(survivors.old.tolist(), survivors.new.tolist(), strict=True):
-            first, second = _instruction(old, a), _instruction(new, b)
-            explained += first == second
-            if first != second and old.decoded.opcode[a] != LEA:
-                before = len(fields) + len(thread_local)
-                for one, other in zip(operands(first), operands(second), strict=False):
-                    _note_shift(one, other, framed, fields, thread_local)
-                explained += len(fields) + len(thread_local) > before
-        only = explained == len(old.instructions(i)) == len(new.instructions(j))
-        sizes = tuple(_allocation_sizes(alignments, i, j))
-        yield LayoutTraces(j, tuple(fields), only, tuple(thread_local), sizes)
+        if first != second and old.decoded.opcode[a] != LEA:
+            for one, other in zip(operands(first), operands(second), strict=False):
+                _note_shift(one, other, framed, fields, thread_local)
+        explained = first == second or fields or thread_local
+        found.append(_Moved(a, b, tuple(fields), tuple(thread_local)) if explained else None)
+    return found
+
+
+def _in_context(moved: list[_Moved | None], k: int) -> tuple[tuple[int, int], ...]:
+    """The fields that moved in an instruction, if the instructions around it are the same or moved alike.
+
+    In a stretch that was edited, instructions are aligned that have only their shape in common.
+    """
+    one = moved[k]
+    assert one is not None
+    distances = {b - a for a, b in one.fields}
+    for other in moved[max(0, k - CONTEXT) : k + CONTEXT + 1]:
+        if other is None or {b - a for a, b in other.fields} - distances:
+            return ()
+    return one.fields
 
 
 _Operand = tuple[int, int, int, int, int]

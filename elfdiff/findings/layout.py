@@ -9,8 +9,8 @@ from elfdiff.findings.places import functions
 from elfdiff.patchbuild import Draft
 from elfdiff.patchobject import Finding, Severity
 
-MIN_LAYOUT_FUNCTIONS = 2
-"""So many functions with the same shift are a changed layout; so many shifted fields in one function as well."""
+MIN_LAYOUT_TRACES = 2
+"""So many fields that moved by the same distance, in one edited function or in several, are a changed layout."""
 
 
 def struct_signature(draft: Draft) -> Iterator[Finding]:
@@ -20,17 +20,21 @@ def struct_signature(draft: Draft) -> Iterator[Finding]:
     """
     shifted: dict[int, set[int]] = defaultdict(set)
     fields: dict[int, Counter[tuple[int, int]]] = defaultdict(Counter)
+    counted: dict[int, set[tuple[int, int, int]]] = defaultdict(set)
     certain: set[int] = set()
     for trace in draft.traces:
         if trace.fields and trace.function in draft.types.described:
             continue
+        distances = {new - old for old, new in trace.fields}
         for old, new in trace.fields:
             shifted[new - old].add(trace.function)
             fields[new - old][old, new] += 1
             if trace.only:
                 certain.add(new - old)
+            if old - new not in distances:  # to and fro in an edited function: other fields in another order
+                counted[new - old].add((trace.function, old, new))
     for delta, users in sorted(shifted.items()):
-        refuse = delta in certain or max(len(users), len(fields[delta])) >= MIN_LAYOUT_FUNCTIONS
+        refuse = delta in certain or len(counted[delta]) >= MIN_LAYOUT_TRACES
         shown = ", ".join(f"{a:#x}->{b:#x}" for (a, b), _ in fields[delta].most_common(4))
         yield Finding(
             "struct-layout",
