@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
+from elfdiff.elffile import open_regular
 from elfdiff.errors import BadInput, Refused
 from elfdiff.image import STT_FUNC, STT_GNU_IFUNC, STT_OBJECT, SYMBOL_DTYPE, Image, SymbolTable
 
 SYSTEM_DIRECTORY = Path("/usr/lib/debug")
 MAX_DEBUG_SIZE = 4 << 30
-"""Bytes of debug sections, decompressed, beyond which a file is not read."""
+"""Bytes of a file, and of its debug sections decompressed, beyond which it is not read."""
 _NT_GNU_BUILD_ID = 3
 _SHF_COMPRESSED = 0x800
 _SHT_NOBITS = 8
@@ -197,10 +198,11 @@ def _build_id(raw: bytes, sections: dict[str, _Section]) -> str | None:
 
 
 def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise BadInput(f"{path}: {error.strerror}", why=str(error), next_step="make the debug file readable") from error
+    with open_regular(path, "make the debug file readable") as (descriptor, size):
+        if size > MAX_DEBUG_SIZE:
+            raise _damaged(path, f"the file has {size} bytes; none larger than {MAX_DEBUG_SIZE} is believed")
+        with open(descriptor, "rb", closefd=False) as stream:
+            return stream.read(MAX_DEBUG_SIZE)
 
 
 def _sections(path: Path, raw: bytes) -> dict[str, _Section]:

@@ -154,8 +154,9 @@ class ElfFile:
         header = EHDR.unpack(head)
         self.type: int = header[1]
         _check_type(path, self.type)
-        self.segments = self._segments(header[5], header[9], header[10])
         self.sections = self._sections(header[6], header[11], header[12], header[13])
+        _check_content(path, self.sections)
+        self.segments = self._segments(header[5], header[9], header[10])
         self._by_name = {section.name: section for section in reversed(self.sections)}
 
     def read(self, offset: int, size: int) -> bytes:
@@ -330,6 +331,23 @@ def _check_type(path: Path, kind: int) -> None:
         raise BadInput(f"{path}: this is {what}, not a linked program", why=why, next_step=hint)
     if kind not in (ET_EXEC, ET_DYN):
         raise damaged(path, f"ELF type {kind}")
+
+
+def _check_content(path: Path, sections: tuple[SectionHeader, ...]) -> None:
+    """Files of the right type that are no build; their segments lead nowhere."""
+    code = [s for s in sections if s.flags & SHF_ALLOC and s.flags & SHF_EXECINSTR and s.size]
+    if code and all(s.type == SHT_NOBITS for s in code):
+        raise BadInput(
+            f"{path}: this is a separate debug file, without the code",
+            why=f"its section {code[0].name} has no content (objcopy --only-keep-debug)",
+            next_step="name the program or library itself",
+        )
+    if any(s.name == ".livegraft" for s in sections):
+        raise BadInput(
+            f"{path}: this is a patch object, not a build",
+            why="it has a section .livegraft",
+            next_step="name two builds of a program; a patch object goes to: livegraft apply",
+        )
 
 
 def _too_many(path: Path, what: str) -> Refused:

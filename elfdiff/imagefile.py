@@ -83,7 +83,7 @@ class _Reader:
         self.file = file
         self.path = file.path
         self.fixed_address = file.type == ET_EXEC
-        self._require_code()
+        self._require_sections()
         self.dynamic_symbols = file.table(file.section(".dynsym", SHT_DYNSYM), SYMBOL_DTYPE)
         self.dynamic_strings = file.strings(".dynstr")
 
@@ -126,27 +126,12 @@ class _Reader:
     def _damaged(self, why: str) -> BadInput:
         return damaged(self.path, why)
 
-    def _require_code(self) -> None:
-        """The file holds the program itself, with section headers."""
-        sections = self.file.sections
-        if not sections:
+    def _require_sections(self) -> None:
+        if not self.file.sections:
             raise Refused(
                 f"{self.path}: the file has no section headers",
                 why="they were cut off (sstrip, or a packer)",
                 next_step="use the file as its package ships it",
-            )
-        code = [s for s in sections if s.flags & SHF_ALLOC and s.flags & SHF_EXECINSTR and s.size]
-        if code and all(s.type == SHT_NOBITS for s in code):
-            raise BadInput(
-                f"{self.path}: this is a separate debug file, without the code",
-                why=f"its section {code[0].name} has no content (objcopy --only-keep-debug)",
-                next_step="name the program or library itself",
-            )
-        if any(s.name == ".livegraft" for s in sections):
-            raise BadInput(
-                f"{self.path}: this is a patch object, not a build",
-                why="it has a section .livegraft",
-                next_step="name two builds of a program; a patch object goes to: livegraft apply",
             )
 
     def _load(self) -> tuple[tuple[LoadSegment, ...], int, NDArray[np.uint8]]:

@@ -20,6 +20,7 @@ import hashlib
 import json
 import struct
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -76,14 +77,30 @@ class _Section:
 # -- writing ----------------------------------------------------------------------------------------------------
 
 
+def require_output(path: Path, inputs: Sequence[Path]) -> None:
+    """Refuse what ``write_patch`` would refuse after the work, and what it must not replace. Raises BadInput."""
+    hint = "name a new file, or an old patch object, in a folder that exists and that you may write to"
+    try:
+        if not path.parent.is_dir():
+            raise BadInput(f"{path}: cannot write the patch object", why=f"{path.parent} is no folder", next_step=hint)
+        if path.exists() and not path.is_file():
+            raise BadInput(f"{path}: cannot write the patch object", why="this is no regular file", next_step=hint)
+        for one in inputs:
+            if path.exists() and one.exists() and path.samefile(one):
+                raise BadInput(f"{path}: the patch object would replace {one}", why="both are one file", next_step=hint)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot write the patch object", why=str(error), next_step=hint) from error
+
+
 def write_patch(patch: PatchObject, path: Path) -> PatchObject:
     """Write the file whole or not at all; returns the patch with its id. Raises LivegraftError."""
     raw = _serialise(patch)
+    require_output(path, ())  # a device would be replaced, too
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as stream:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".livegraft-", delete=False) as stream:
             temporary = Path(stream.name)
-            stream.write(raw)
         try:
+            temporary.write_bytes(raw)
             _second_opinion(patch, temporary)
             temporary.chmod(0o644)
             temporary.replace(path)
@@ -93,6 +110,7 @@ def write_patch(patch: PatchObject, path: Path) -> PatchObject:
     except OSError as error:
         raise BadInput(
             f"{path}: cannot write the patch object: {error.strerror}",
+            why=str(error),
             next_step="name a folder that exists and that you may write to",
         ) from error
     return replace(patch, id=hashlib.sha256(_without_digest(raw)).hexdigest())

@@ -20,7 +20,7 @@ from elfdiff.patchobject import PatchObject
 from tests.compile import Compiler
 from tests.verdict import program
 
-STRIDE = 13
+STRIDE = 37
 
 RICH = program(
     "static int a; static long b; NEW static int c; static const char *const t[] = {\"x\", \"y TEXT\"};\n"
