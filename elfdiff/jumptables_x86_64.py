@@ -18,6 +18,9 @@ from elfdiff.code import LEA, Code, FieldKind
 from elfdiff.image import Addresses, Kind
 
 MAX_ENTRIES = 1 << 16
+CLOSE = 4
+"""Instructions behind the load of an entry within which a switch jumps to it."""
+_MOV_LOAD, _GROUP5 = 0x8B, 0xFF
 
 
 @dataclass(frozen=True)
@@ -91,3 +94,50 @@ def _table_at(code: Code, address: int, function: int) -> JumpTable | None:
         if inside.any():
             return JumpTable(address, function, entry_size, targets)
     return None
+
+
+def kept_labels(code: Code, function: int, tables: dict[int, JumpTable]) -> int | None:
+    """Address of an instruction that takes the address of a label of its function otherwise than to jump there.
+
+    Labels as values (computed goto) can be stored, a switch's cases cannot. Both look alike in an image at a fixed
+    address, where a table holds 64-bit addresses: there each use of the table must be a jump through it, or the load
+    of an entry that is jumped to at once. None where no label is taken.
+    """
+    references, decoded = code.references, code.decoded
+    for row in range(int(references.first[function]), int(references.last[function])):
+        kind, target = int(references.kind[row]), int(references.target[row])
+        at = int(references.instruction[row])
+        taken = references.opcode[row] == LEA or kind >= FieldKind.ABSOLUTE_DISPLACEMENT
+        if code.starts[function] <= target < code.ends[function]:
+            known = target in (int(code.starts[function]), at, int(references.end[row]))  # its entry; where am I
+            if taken and not known and code.instruction_at(np.array([target]))[0]:
+                return at
+        elif taken and target in tables and tables[target].entry_size == 8:
+            offset = at - code.base
+            jump = decoded.opcode[offset] == _GROUP5 and decoded.modrm[offset] >> 3 & 7 == 4
+            if not jump and not _jumped_to_at_once(code, function, offset):
+                return at
+    return None
+
+
+def _jumped_to_at_once(code: Code, function: int, offset: int) -> bool:
+    """The instruction at an offset loads a register, and a jump to what is in it follows closely."""
+    decoded = code.decoded
+    if decoded.opcode[offset] != _MOV_LOAD:
+        return False
+    register = (int(decoded.modrm[offset]) >> 3 & 7) + (_rex(code, offset) << 1 & 8)  # REX.R
+    instructions = code.instructions(function)
+    following = int(np.searchsorted(instructions, offset, "right"))
+    for other in instructions[following : following + CLOSE].tolist():
+        modrm = int(decoded.modrm[other])
+        if decoded.opcode[other] == _GROUP5 and modrm & 0xF8 == 0xE0:  # jmp *register
+            return (modrm & 7) + (_rex(code, other) << 3 & 8) == register  # REX.B
+    return False
+
+
+def _rex(code: Code, offset: int) -> int:
+    """The REX prefix of an instruction (Intel SDM 2.2.1), 0 where there is none; 3E (notrack) may precede it."""
+    first = int(code.raw[offset])
+    if first == 0x3E:
+        first = int(code.raw[offset + 1])
+    return first if first & 0xF0 == 0x40 else 0
