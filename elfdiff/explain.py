@@ -35,8 +35,8 @@ from elfdiff.patchobject import (
     Segment,
 )
 
-MIN_CONTAINED = 0.6
-"""Share of a function's neighbouring opcodes that another one must have, too, to be taken for an inlined copy."""
+MIN_CONTAINED = 0.7
+"""Share of a function's opcodes that another one must have, too, to be taken for one that holds a copy of it."""
 MIN_CHANGE = 3
 """Removed and added instructions that tell one function's change from another's."""
 MIN_MOVED = 0.8
@@ -393,7 +393,7 @@ class _Inlined:
         for number, hunks in enumerate(self.hunks):
             for hunk in hunks:
                 self.by_hunk.setdefault(hunk, []).append(number)
-        self.opcodes: dict[int, Counter[tuple[int, int]]] = {}
+        self.work: dict[int, tuple[frozenset[str], Counter[int]]] = {}
 
     @staticmethod
     def _eligible(item: ExplainedFunction) -> bool:
@@ -422,15 +422,23 @@ class _Inlined:
         return any(immediate_differs(old, new, row) for row in operands)
 
     def _contained(self, small: int, large: int) -> bool:
-        first, second = self._pairs(small), self._pairs(large)
-        return (first & second).total() >= MIN_CONTAINED * first.total()
+        """Whether the larger function names all that the smaller one names, and does most of its work."""
+        first, second = self._work(small), self._work(large)
+        return not first[0] - second[0] and (first[1] & second[1]).total() >= MIN_CONTAINED * first[1].total()
 
-    def _pairs(self, number: int) -> Counter[tuple[int, int]]:
-        if number not in self.opcodes:
+    def _work(self, number: int) -> tuple[frozenset[str], Counter[int]]:
+        """What a function names, and its opcodes, those left out that depend on where code stands."""
+        if number not in self.work:
             body = self.functions[number].new
-            opcodes = [item.opcode for item in body.instructions] if body else []
-            self.opcodes[number] = Counter(pairwise(opcodes))
-        return self.opcodes[number]
+            items = body.instructions if body else ()
+            names = frozenset(r.label for item in items for r in item.references)
+            opcodes = Counter(item.opcode for item in items if item.inner is None and item.opcode not in _PLACED)
+            self.work[number] = names, opcodes
+        return self.work[number]
+
+
+_PLACED = frozenset((*range(0x50, 0x60), 0xC3, 0x90, 0x11F))
+"""push, pop, ret, nop (Intel SDM, volume 2, appendix A)."""
 
 
 def _hunks(item: ExplainedFunction) -> Iterator[_Hunk]:
