@@ -27,6 +27,9 @@ COUNTS_FROM_FIELD = {2, 4, 9, 19, 20, 22, 26, 41, 42}
 """Relocation types whose value is relative to the field (psABI 1.0, table 4.9): PC32, PLT32, GOTPCREL and kin."""
 NUMBER = re.compile(r"(?<![\w%])-?(?:0x[0-9a-f]+|\d+)(?![\w])")
 
+MAX_SPAN = 8
+"""Lines of one call in the sources."""
+
 Content = tuple[object, ...]
 
 
@@ -65,7 +68,7 @@ def compare_objects(old: Mapping[str, Path], new: Mapping[str, Path]) -> Differe
                 read = ObjectFile(files[path])
                 sides[side].update(read.functions())
                 values[side].update(read.writable())
-    first, second = sides
+    first, second = sides[0], _as_before(sides[0], sides[1])
     both = first.keys() & second.keys()
     changed = {name: what for name in sorted(both) if (what := _difference(first[name], second[name]))}
     lines = frozenset(name for name in changed if _lines_only(first[name], second[name]))
@@ -76,6 +79,16 @@ def compare_objects(old: Mapping[str, Path], new: Mapping[str, Path]) -> Differe
         frozenset(first.keys() - second.keys()),
         frozenset(name for name in values[0].keys() & values[1].keys() if values[0][name] != values[1][name]),
     )
+
+
+def _as_before(old: Mapping[str, Code], new: dict[str, Code]) -> dict[str, Code]:
+    """New functions by their old names, where one became local or ceased to be."""
+    gone = {_plain(name): name for name in old.keys() - new.keys()}
+    return {gone.get(_plain(name), name) if name not in old else name: code for name, code in new.items()}
+
+
+def _plain(name: str) -> str:
+    return name.rsplit(":", 1)[-1]
 
 
 def _difference(old: Code, new: Code) -> str:
@@ -100,9 +113,14 @@ def _lines_only(old: Code, new: Code) -> bool:
         if NUMBER.sub("#", one) != NUMBER.sub("#", other):
             return False
         for a, b in zip(NUMBER.findall(one), NUMBER.findall(other), strict=True):
-            if a != b and not (int(a, 0) in old.lines and int(b, 0) in new.lines):
+            if a != b and not (_near(int(a, 0), old.lines) and _near(int(b, 0), new.lines)):
                 return False
     return True
+
+
+def _near(number: int, lines: frozenset[int]) -> bool:
+    """A call that spans several lines takes its number from the last, its row in the table from the first."""
+    return any(number - k in lines for k in range(-MAX_SPAN, MAX_SPAN + 1))
 
 
 class ObjectFile:
@@ -207,12 +225,12 @@ class ObjectFile:
         )
         constant = not flags & SHF_WRITE or name.startswith(".data.rel.ro")
         if flags & SHF_EXECINSTR or not constant:
-            return (named[2], offset - named[0]) if named else (name, offset)
+            return (_plain(named[2]), offset - named[0]) if named else (name, offset)
         if (section, offset) in seen:
             return ("again",)
         seen |= {(section, offset)}
         if named:
-            return (named[2], offset - named[0], self._bytes(section, named[0], named[0] + named[1], seen))
+            return (_plain(named[2]), offset - named[0], self._bytes(section, named[0], named[0] + named[1], seen))
         return self._nameless(section, offset, seen)
 
     def _nameless(self, section: int, offset: int, seen: frozenset[tuple[int, int]]) -> Content:
