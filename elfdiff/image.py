@@ -34,7 +34,7 @@ RELA_DTYPE = np.dtype([("offset", "<u8"), ("info", "<u8"), ("addend", "<i8")])
 SYMBOL_DTYPE = np.dtype(
     [("name", "<u4"), ("info", "u1"), ("other", "u1"), ("shndx", "<u2"), ("value", "<u8"), ("size", "<u8")]
 )
-STT_OBJECT, STT_FUNC, STT_GNU_IFUNC = 1, 2, 10
+STT_OBJECT, STT_FUNC, STT_TLS, STT_GNU_IFUNC = 1, 2, 6, 10
 
 
 class Kind(IntEnum):
@@ -108,6 +108,31 @@ class SymbolTable:
 
 
 @dataclass(frozen=True)
+class Export:
+    """A defined dynamic symbol: ``value`` is an address, or an offset in thread-local storage; ``type`` is STT_*."""
+
+    name: str
+    version: str  # empty where it has none
+    value: int
+    size: int
+    type: int
+
+    @property
+    def key(self) -> str:
+        """Name and version: two versions of one name are two things."""
+        return f"{self.name}@{self.version}" if self.version else self.name
+
+
+@dataclass(frozen=True)
+class ThreadLocal:
+    """A thread-local variable by its symbol; ``offset`` counts from the start of the template."""
+
+    name: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
 class Image:
     """See the module. Arrays must be treated as read-only."""
 
@@ -126,9 +151,15 @@ class Image:
     eh_frame_hdr: int | None
     eh_frame: tuple[int, int] | None  # start, size
     symbols: SymbolTable = field(repr=False)
-    exports: dict[str, int] = field(repr=False)  # what other modules reach by name: defined dynamic symbols
+    exported: tuple[Export, ...] = field(repr=False)  # what other modules reach by name
+    thread_locals: tuple[ThreadLocal, ...] | None = field(repr=False)  # None where .symtab was stripped
     copies: frozenset[int]  # variables of libraries that the dynamic linker copies into the program
     needed: tuple[str, ...]
+
+    @cached_property
+    def exports(self) -> dict[str, int]:
+        """Name with version -> address of the exported functions and variables, thread-local ones left out."""
+        return {export.key: export.value for export in self.exported if export.type != STT_TLS}
 
     @cached_property
     def names_at(self) -> dict[int, frozenset[str]]:

@@ -22,6 +22,7 @@ from elfdiff.elffile import (
     SHF_WRITE,
     SHT_DYNAMIC,
     SHT_DYNSYM,
+    SHT_GNU_VERDEF,
     SHT_GNU_VERNEED,
     SHT_GNU_VERSYM,
     SHT_NOBITS,
@@ -47,20 +48,26 @@ from elfdiff.image import (
     STT_FUNC,
     STT_GNU_IFUNC,
     STT_OBJECT,
+    STT_TLS,
     SYMBOL_DTYPE,
     Addresses,
+    Export,
     Image,
     Kind,
     LoadSegment,
     Section,
     Slot,
     SymbolTable,
+    ThreadLocal,
     TlsTemplate,
 )
 from elfdiff.linkage_x86_64 import linkage_stubs
 
 VERNEED = struct.Struct("<HHIII")  # Elf64_Verneed: version, count, file, first auxiliary, next
 VERNAUX = struct.Struct("<IHHII")  # Elf64_Vernaux: hash, flags, index, name, next
+VERDEF = struct.Struct("<HHHHIII")  # Elf64_Verdef: version, flags, index, count, hash, first auxiliary, next
+VERDAUX = struct.Struct("<II")  # Elf64_Verdaux: name, next
+VER_FLG_BASE = 1
 DT_NEEDED, DT_RELA, DT_RELASZ = 1, 7, 8
 R_X86_64_NONE = 0
 STB_WEAK = 2
@@ -118,7 +125,8 @@ class _Reader:
             eh_frame_hdr=header.start if header else None,
             eh_frame=(eh_frame.start, eh_frame.end - eh_frame.start),
             symbols=self._symbols(),
-            exports=self._exports(),
+            exported=self._exported(),
+            thread_locals=self._thread_locals(),
             copies=frozenset(place for place, slot in slots.items() if slot.type == R_X86_64_COPY),
             needed=self._needed(),
         )
@@ -247,9 +255,13 @@ class _Reader:
         return self.dynamic_strings.at(int(self.dynamic_symbols["name"][index]))
 
     def _versions(self) -> dict[int, str]:
-        """Symbol index -> version name, for versions that other libraries provide (gABI: .gnu.version_r)."""
+        """Symbol index -> version name, its own and those that other libraries provide (LSB 5.0, Symbol Versioning)."""
         section = self.file.section(".gnu.version", SHT_GNU_VERSYM)
         table = self.file.table(section, np.dtype([("index", "<u2")]))["index"]
+        names = {**self._needed_versions(), **self._defined_versions()}
+        return {k: names[v & 0x7FFF] for k, v in enumerate(table.tolist()) if v & 0x7FFF in names}
+
+    def _needed_versions(self) -> dict[int, str]:
         needs = self.file.content(self.file.section(".gnu.version_r", SHT_GNU_VERNEED))
         names: dict[int, str] = {}
         group, left = 0, len(needs) // VERNAUX.size
@@ -266,7 +278,23 @@ class _Reader:
             if not following:
                 break
             group += following
-        return {k: names[v & 0x7FFF] for k, v in enumerate(table.tolist()) if v & 0x7FFF in names}
+        return names
+
+    def _defined_versions(self) -> dict[int, str]:
+        """Those of the file itself; the base, which stands for no version, is left out."""
+        section = self.file.section(".gnu.version_d", SHT_GNU_VERDEF)
+        defined = self.file.content(section)
+        names: dict[int, str] = {}
+        at = 0
+        for _ in range(len(defined) // VERDEF.size):
+            _, flags, index, _, _, first, following = self._version_row(VERDEF, defined, at)
+            name, _ = self._version_row(VERDAUX, defined, at + first)
+            if not flags & VER_FLG_BASE:
+                names[index & 0x7FFF] = self.dynamic_strings.at(name)
+            if not following:
+                break
+            at += following
+        return names
 
     def _version_row(self, kind: struct.Struct, needs: bytes, at: int) -> tuple[int, ...]:
         if at + kind.size > len(needs):
@@ -296,14 +324,29 @@ class _Reader:
         if np.any(table["value"] > USER_SPACE) or np.any(table["size"] > USER_SPACE):
             raise self._damaged("a symbol's address or size is not one of a program")
 
-    def _exports(self) -> dict[str, int]:
-        table = self.dynamic_symbols
+    def _exported(self) -> tuple[Export, ...]:
+        """The defined dynamic symbols, by table index."""
+        table, versions = self.dynamic_symbols, self._versions()
         types = table["info"] & 0xF
         defined = (table["shndx"] != 0) & (table["shndx"] < 0xFF00)
-        table = table[defined & np.isin(types, (STT_OBJECT, STT_FUNC, STT_GNU_IFUNC))]
-        self._require_addresses(table)
-        rows = zip(table["name"].tolist(), table["value"].tolist(), strict=True)
-        return {self.dynamic_strings.at(name): value for name, value in rows}
+        rows = np.nonzero(defined & np.isin(types, (STT_OBJECT, STT_FUNC, STT_TLS, STT_GNU_IFUNC)))[0]
+        self._require_addresses(table[rows])
+        return tuple(
+            Export(
+                self.dynamic_strings.at(int(table["name"][row])), versions.get(row, ""),
+                int(table["value"][row]), int(table["size"][row]), int(types[row]),
+            )
+            for row in rows.tolist()
+        )  # fmt: skip
+
+    def _thread_locals(self) -> tuple[ThreadLocal, ...] | None:
+        section = self.file.section(".symtab", SHT_SYMTAB)
+        if section is None or not section.size:
+            return None
+        table, strings = self.file.table(section, SYMBOL_DTYPE), self.file.strings(".strtab")
+        table = table[(table["info"] & 0xF == STT_TLS) & (table["shndx"] != 0) & (table["shndx"] < 0xFF00)]
+        rows = zip(table["name"].tolist(), table["value"].tolist(), table["size"].tolist(), strict=True)
+        return tuple(ThreadLocal(strings.at(name), offset, size) for name, offset, size in rows)
 
     def _build_id(self) -> str:
         """NT_GNU_BUILD_ID in a PT_NOTE segment: what a process has in memory, too."""
