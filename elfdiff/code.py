@@ -330,7 +330,7 @@ def _relative_fields(raw: NDArray[np.uint8], decoded: Decoded, at: NDArray[np.in
     at, kind = at[kind != RefKind.NONE], kind[kind != RefKind.NONE]
     offset = decoded.ref_field[at].astype(np.int64)
     place = at + offset
-    wide = _int32(raw, place)
+    wide = word_at(raw, place)
     narrow = raw[place].astype(np.int8).astype(np.int64)
     displacement = np.where(kind == RefKind.SHORT, narrow, wide)
     return at, offset, kind, at + decoded.length[at] + displacement
@@ -361,9 +361,9 @@ def _absolute_fields(
     ):
         has = (fields[at] > 0) if sizes is None else (sizes[at] == size)
         place = at[has] + fields[at[has]]
-        value = _int32(raw, place)
+        value = word_at(raw, place)
         if size == 8:
-            value = (value & 0xFFFFFFFF) | (_int32(raw, place + 4) << 32)
+            value = (value & 0xFFFFFFFF) | (word_at(raw, place + 4) << 32)
         which = at[has]
         label = (value >= starts[owner[which]]) & (value < ends[owner[which]])
         code = np.isin(value, starts) | label | (image.kinds(value) != Kind.TEXT)
@@ -385,7 +385,8 @@ def _may_take_address(decoded: Decoded, at: NDArray[np.int64]) -> NDArray[np.boo
     return may
 
 
-def _int32(raw: NDArray[np.uint8], place: NDArray[np.int64]) -> NDArray[np.int64]:
+def word_at(raw: NDArray[np.uint8], place: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The signed little-endian 32-bit values at the places; near the end, the last four bytes."""
     place = np.minimum(place, max(0, len(raw) - 4))
     parts = [raw[place + k].astype(np.uint32) << np.uint32(8 * k) for k in range(4)]
     word: NDArray[np.uint32] = parts[0] | parts[1] | parts[2] | parts[3]

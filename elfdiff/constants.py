@@ -9,6 +9,7 @@ since a table's later elements may be read through its first address, on the seg
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
@@ -100,7 +101,10 @@ class _Side:
         self.code = code
         self.image = code.image
         self.tables = tables
-        self.pinned = np.unique(pinned)
+        # Lists, since they are searched for one address at a time.
+        self.pinned: list[int] = np.unique(pinned).tolist()
+        self.named: list[int] = code.referenced.tolist()
+        self.slot_list: list[int] = code.image.relative_places.tolist()
         self.view = memoryview(code.image.memory.tobytes())
         self.base = code.image.base
         self.slots = code.image.relative_places
@@ -111,25 +115,17 @@ class _Side:
 
     def next_pinned(self, address: int) -> int:
         """The next pinned address, at most the section's end."""
-        section = self.image.section_at(address)
-        end = section.end if section else address
-        index = int(np.searchsorted(self.pinned, address, "right"))
-        return min(end, int(self.pinned[index])) if index < len(self.pinned) else end
+        return self._following(self.pinned, address)
 
     def next_named(self, address: int) -> int:
         """The next address that anything names, at most the section's end."""
-        named = self.code.referenced
+        return self._following(self.named, address)
+
+    def _following(self, addresses: list[int], address: int) -> int:
         section = self.image.section_at(address)
         end = section.end if section else address
-        index = int(np.searchsorted(named, address, "right"))
-        return min(end, int(named[index])) if index < len(named) else end
-
-    def named_offsets(self, address: int, size: int) -> Addresses:
-        """Offsets in (0, size) at which something is named."""
-        named = self.code.referenced
-        first = int(np.searchsorted(named, address, "right"))
-        last = int(np.searchsorted(named, address + size, "left"))
-        return named[first:last] - address
+        index = bisect.bisect_right(addresses, address)
+        return min(end, addresses[index]) if index < len(addresses) else end
 
     def string_alone(self, address: int) -> bytes | None:
         """The string at an address when nothing but zeros follows it up to the next named address."""
@@ -183,8 +179,8 @@ class _Side:
 
     def slot_offsets(self, address: int, size: int) -> Addresses:
         """Offsets of the pointer slots in [address, address + size)."""
-        first = int(np.searchsorted(self.slots, address))
-        last = int(np.searchsorted(self.slots, address + size - 7)) if size >= 8 else first
+        first = bisect.bisect_left(self.slot_list, address)
+        last = bisect.bisect_left(self.slot_list, address + size - 7, first) if size >= 8 else first
         return self.slots[first:last] - address
 
 
@@ -241,13 +237,13 @@ class _Comparer:
         """Compare up to where both builds name something, or one of them something that is pinned elsewhere."""
         left, right = self.old.next_pinned(o) - o, self.new.next_pinned(n) - n
         size, whole = min(left, right), left == right
-        common = np.intersect1d(self.old.named_offsets(o, size), self.new.named_offsets(n, size))
+        common = _first_common(self.old.named, o, self.new.named, n, size)
         loaded = o not in self.old.address_taken and n not in self.new.address_taken
-        if len(common):
-            size, whole = int(common[0]), True
+        if common:
+            size, whole = common, True
         if loaded and size > MAX_LOAD:
             size, whole = MAX_LOAD - (o % 8 if o % 8 == n % 8 else 0), True  # no pointer slot is cut in two
-        reach = size if whole and (len(common) or size < min(left, right)) else 0
+        reach = size if whole and (common or size < min(left, right)) else 0
         if self._crosses(o, n):
             reach = 0
         if reach:
@@ -392,6 +388,19 @@ class _Comparer:
         if self.old.users(first.old) & self.old.users(second.old):
             return False
         return not self.old.may_be_array(first.old, second.old, second.old + second.size)
+
+
+def _first_common(first: list[int], a: int, second: list[int], b: int, size: int) -> int:
+    """The smallest offset in (0, size) that is in both sorted lists, counted from ``a`` and from ``b``; or 0."""
+    i, j = bisect.bisect_right(first, a), bisect.bisect_right(second, b)
+    while i < len(first) and j < len(second):
+        x, y = first[i] - a, second[j] - b
+        if x >= size or y >= size:
+            return 0
+        if x == y:
+            return x
+        i, j = i + (x < y), j + (y < x)
+    return 0
 
 
 def _fills(raw: bytes) -> bool:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
-from elfdiff.code import LEA, Code, FieldKind
-from elfdiff.pairing import Alignments
+from elfdiff.code import LEA, Code, FieldKind, word_at
+from elfdiff.pairing import Alignments, Survivors
 
 ARGUMENT_WINDOW = 8
 """Instructions behind an argument within which its call is looked for."""
@@ -42,44 +44,68 @@ class LayoutTraces:
 
 def layout_traces(alignments: Alignments, pairs: list[tuple[int, int]]) -> Iterator[LayoutTraces]:
     """Look at all changed function pairs (old, new)."""
-    operands = _operand_reader()
-    for i, j in pairs:
-        moved = _moved_operands(alignments, i, j, operands)
+    wanted = np.array(pairs, np.int64).reshape(-1, 2)
+    counts = alignments.old.instruction_counts, alignments.new.instruction_counts
+    sizes = _allocation_sizes(alignments, wanted)
+    for k, ((i, j), moved) in enumerate(zip(pairs, _moved_operands(alignments, wanted), strict=True)):
         thread_local = tuple(shift for one in moved if one is not None for shift in one.thread_local)
-        fields = tuple(shift for k, one in enumerate(moved) if one is not None for shift in _in_context(moved, k))
+        fields = tuple(shift for n, one in enumerate(moved) if one is not None for shift in _in_context(moved, n))
         explained = sum(one is not None for one in moved)
-        only = explained == len(alignments.old.instructions(i)) == len(alignments.new.instructions(j))
-        yield LayoutTraces(j, fields, only, thread_local, tuple(_allocation_sizes(alignments, i, j)))
+        only = bool(explained == counts[0][i] == counts[1][j])
+        yield LayoutTraces(j, fields, only, thread_local, tuple(sizes.get(k, ())))
 
 
 @dataclass(frozen=True)
 class _Moved:
     """An instruction that is the same in both builds but for these displacements."""
 
-    old: int
-    new: int
-    fields: tuple[tuple[int, int], ...]
-    thread_local: tuple[tuple[int, int], ...]
+    fields: tuple[tuple[int, int], ...] = ()
+    thread_local: tuple[tuple[int, int], ...] = ()
 
 
-def _moved_operands(
-    alignments: Alignments, i: int, j: int, operands: Callable[[bytes], list[_Operand]]
-) -> list[_Moved | None]:
-    """For each surviving instruction what moved in it, or None where it differs in something else."""
+def _moved_operands(alignments: Alignments, pairs: NDArray[np.int64]) -> Iterator[list[_Moved | None]]:
+    """Per function pair: for each surviving instruction what moved in it, or None where it differs in more."""
     old, new = alignments.old, alignments.new
-    framed = _keeps_frame_pointer(old, i)
-    survivors = alignments.survivors(np.array([[i, j]], np.int64), shape=True)
-    found: list[_Moved | None] = []
-    for a, b in zip(survivors.old.tolist(), survivors.new.tolist(), strict=True):
-        first, second = _instruction(old, a), _instruction(new, b)
-        fields: list[tuple[int, int]] = []
-        thread_local: list[tuple[int, int]] = []
-        if first != second and old.decoded.opcode[a] != LEA:
-            for one, other in zip(operands(first), operands(second), strict=False):
+    survivors = alignments.survivors(pairs, shape=True)
+    equal = _same_bytes(old, new, survivors)
+    suspect = _may_move(old, survivors.old) | _may_move(new, survivors.new)
+    suspect &= ~equal
+    operands = _operand_reader() if suspect.any() else None
+    bounds = np.searchsorted(survivors.pair, np.arange(len(pairs) + 1)).tolist()
+    same = _Moved()
+    for (i, _), (first, last) in zip(pairs.tolist(), pairwise(bounds), strict=True):
+        found: list[_Moved | None] = [same if known else None for known in equal[first:last].tolist()]
+        framed = _keeps_frame_pointer(old, i)
+        for row in (first + np.nonzero(suspect[first:last])[0]).tolist():
+            assert operands is not None
+            fields: list[tuple[int, int]] = []
+            thread_local: list[tuple[int, int]] = []
+            raw = _instruction(old, int(survivors.old[row])), _instruction(new, int(survivors.new[row]))
+            for one, other in zip(operands(raw[0]), operands(raw[1]), strict=False):
                 _note_shift(one, other, framed, fields, thread_local)
-        explained = first == second or fields or thread_local
-        found.append(_Moved(a, b, tuple(fields), tuple(thread_local)) if explained else None)
-    return found
+            if fields or thread_local:
+                found[row - first] = _Moved(tuple(fields), tuple(thread_local))
+        yield found
+
+
+def _same_bytes(old: Code, new: Code, survivors: Survivors) -> NDArray[np.bool_]:
+    """Which surviving instructions are equal, fields that lead outside zeroed."""
+    length = old.decoded.length[survivors.old]
+    same: NDArray[np.bool_] = length == new.decoded.length[survivors.new]
+    for k in range(int(length.max(initial=0))):
+        rows = np.nonzero(same & (k < length))[0]
+        same[rows] = old.masked[survivors.old[rows] + k] == new.masked[survivors.new[rows] + k]
+    return same
+
+
+def _may_move(code: Code, at: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Instructions that access memory at a displacement: by their ModRM byte (8 or 32 bits), or mov at an address."""
+    decoded = code.decoded
+    mode, opcode = decoded.modrm[at] >> 6, decoded.opcode[at]
+    direct = (opcode >= 0xA0) & (opcode <= 0xA3)
+    moves: NDArray[np.bool_] = (mode == 1) | (mode == 2) | (decoded.disp_field[at] > 0) | direct
+    moves &= opcode != LEA
+    return moves
 
 
 def _in_context(moved: list[_Moved | None], k: int) -> tuple[tuple[int, int], ...]:
@@ -145,36 +171,42 @@ def _instruction(code: Code, at: int) -> bytes:
     return code.masked[at : at + int(code.decoded.length[at])].tobytes()
 
 
-def _allocation_sizes(alignments: Alignments, i: int, j: int) -> Iterator[tuple[int, int]]:
-    """Constants that differ in ``mov $imm32, edi or esi`` in front of a call of something named ...alloc."""
+def _allocation_sizes(alignments: Alignments, pairs: NDArray[np.int64]) -> dict[int, list[tuple[int, int]]]:
+    """Constants that differ in ``mov $imm32, edi or esi`` in front of a call of something named ...alloc, by pair."""
     old, new = alignments.old, alignments.new
-    calls = _allocator_calls(old, i)
-    if not calls:
-        return
-    at = old.instructions(i)
-    survivors = alignments.survivors(np.array([[i, j]], np.int64))
-    for a, b in zip(survivors.old.tolist(), survivors.new.tolist(), strict=True):
-        if int(old.decoded.opcode[a]) not in (0xBE, 0xBF) or int(new.decoded.opcode[b]) != int(old.decoded.opcode[a]):
+    survivors = alignments.survivors(pairs)
+    opcode = old.decoded.opcode[survivors.old]
+    moves = ((opcode == 0xBE) | (opcode == 0xBF)) & (opcode == new.decoded.opcode[survivors.new])
+    rows = np.nonzero(moves & (old.decoded.imm_field[survivors.old] == 1))[0]
+    values = [word_at(code.raw, at[rows] + 1) for code, at in ((old, survivors.old), (new, survivors.new))]
+    calls = frozenset(_allocator_calls(old).tolist()) if len(rows) else frozenset()
+    found: dict[int, list[tuple[int, int]]] = {}
+    for row, one, other in zip(rows.tolist(), values[0].tolist(), values[1].tolist(), strict=True):
+        if one == other:
             continue
-        index = int(np.searchsorted(at, a))
+        k = int(survivors.pair[row])
+        at = old.instructions(int(pairs[k, 0]))
+        index = int(np.searchsorted(at, survivors.old[row]))
         following = next((int(x) for x in at[index + 1 : index + ARGUMENT_WINDOW] if old.decoded.ref_kind[x] == 2), -1)
-        values = tuple(int.from_bytes(code.raw[x + 1 : x + 5].tobytes(), "little") for code, x in ((old, a), (new, b)))
-        if following in calls and values[0] != values[1] and old.decoded.imm_field[a] == 1:
-            yield values[0], values[1]
-
-
-def _allocator_calls(code: Code, function: int) -> set[int]:
-    """Offsets of the calls of functions whose name ends like an allocator's."""
-    references, image = code.references, code.image
-    found = set()
-    for row in range(int(references.first[function]), int(references.last[function])):
-        if references.kind[row] == FieldKind.CALL:
-            target = int(references.target[row])
-            slot = image.slots.get(image.plt.get(target, 0))
-            names = {slot.symbol} if slot else image.names_at.get(target, frozenset())
-            if any(name.endswith(("alloc", "memalign")) for name in names):
-                found.add(int(references.instruction[row]) - code.base)
+        if following in calls:
+            found.setdefault(k, []).append((one & 0xFFFFFFFF, other & 0xFFFFFFFF))
     return found
+
+
+def _allocator_calls(code: Code) -> NDArray[np.int64]:
+    """Offsets of the calls of functions whose name ends like an allocator's, sorted."""
+    references, image = code.references, code.image
+    calls = references.kind == FieldKind.CALL
+    targets = np.unique(references.target[calls]).tolist()
+    allocators = []
+    for target in targets:
+        slot = image.slots.get(image.plt.get(target, 0))
+        names = {slot.symbol} if slot else image.names_at.get(target, frozenset())
+        if any(name.endswith(("alloc", "memalign")) for name in names):
+            allocators.append(target)
+    rows = calls & np.isin(references.target, np.array(allocators, np.int64))
+    places: NDArray[np.int64] = references.instruction[rows] - code.base
+    return places
 
 
 def _keeps_frame_pointer(code: Code, function: int) -> bool:

@@ -45,7 +45,7 @@ class Runs:
 
 
 def longest_runs(old: Joined, new: Joined, pairs: Indices, minimum: int) -> Runs:
-    """The runs of at least ``minimum`` tokens by which sequences k of ``old`` and ``new`` correspond, k in ``pairs``."""
+    """The runs of at least ``minimum`` tokens that sequences k of ``old`` and ``new`` share, k in ``pairs``."""
     found: list[Runs] = []
     todo = _maximal(old, new, pairs, minimum)
     stretch = todo.pair  # numbers of the stretches that are left, ascending

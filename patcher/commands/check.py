@@ -1,7 +1,8 @@
 """Do everything that apply would do but the writing.
 
-Reads the process, binds the patch to it, looks for room, then stops all threads and looks whether a function that
-would change is on a stack, as often and as long as apply would. The exit status is the one that apply would have.
+Reads the patch twice, by livegraft's own reader and by LIEF. Reads the process, binds the patch to it, looks for
+room, then stops all threads and looks whether a function that would change is on a stack, as often and as long as
+apply would. The exit status is the one that apply would have.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Report:
     """Check."""
     from elfdiff.patchfile import read_patch
+    from elfdiff.secondopinion import confirm_with_lief
 
     from .. import transaction
     from .shared import (
@@ -36,6 +38,7 @@ def run(arguments: argparse.Namespace) -> Report:
     )
 
     patch = read_patch(arguments.patch)
+    confirm_with_lief(patch, arguments.patch)
     outcome = transaction.check(arguments.pid, patch, timeout=arguments.timeout)
     contents = outcome.contents
     head = f"{safe(outcome.process)} (pid {outcome.pid})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from elfdiff.diff import Options, diff
-from elfdiff.errors import BadInput
+from elfdiff.errors import BadInput, LivegraftError
 from elfdiff.patchfile import read_patch, write_patch
 from elfdiff.patchobject import PatchObject
+from elfdiff.secondopinion import confirm, confirm_with_lief
 from tests.compile import Compiler
 from tests.verdict import program
 
@@ -91,13 +93,26 @@ def test_pyelftools_sees_what_was_meant(made: PatchObject, path: Path) -> None:
         assert note["n_desc"] == made.new.build_id
 
 
-def test_lief_sees_the_same_segments(made: PatchObject, path: Path) -> None:
-    import lief
+@pytest.mark.parametrize("reader", [confirm, confirm_with_lief])
+def test_other_readers_confirm_what_was_meant_and_nothing_else(reader, made: PatchObject, path: Path) -> None:
+    reader(made, path)
+    first, *others = made.segments
+    changed = bytes([first.data[0] ^ 1]) + first.data[1:]
+    for other in (
+        replace(made, segments=(replace(first, data=changed), *others)),
+        replace(made, segments=(replace(first, flags=first.flags ^ 2), *others)),
+        replace(made, segments=tuple(others)),
+        replace(made, functions=made.functions[1:]),
+    ):
+        with pytest.raises(LivegraftError, match="not as it was meant"):
+            reader(other, path)
 
-    binary = lief.ELF.parse(str(path))
-    assert binary is not None
-    seen = [(s.virtual_address, bytes(s.content).rstrip(b"\0")) for s in binary.segments if "LOAD" in str(s.type)]
-    assert seen == [(s.vaddr, s.data.rstrip(b"\0")) for s in made.segments]
+
+@pytest.mark.parametrize("reader", [confirm, confirm_with_lief])
+def test_other_readers_refuse_what_is_no_elf_file(reader, made: PatchObject, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("not an ELF file, but longer than an ELF header is" * 8)
+    with pytest.raises(LivegraftError, match="not as it was meant"):
+        reader(made, tmp_path / "text")
 
 
 def test_relocations_are_sorted_and_lie_in_segments_apart_from_each_other(made: PatchObject) -> None:
