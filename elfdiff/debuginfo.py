@@ -20,11 +20,15 @@ from typing import TYPE_CHECKING
 
 from elfdiff.debugfile import DebugFile
 from elfdiff.errors import BadInput
+from elfdiff.linetable import LineHeader, rows
 
 if TYPE_CHECKING:
+    from elftools.construct.lib.container import Container
+    from elftools.dwarf.aranges import ARanges
     from elftools.dwarf.compileunit import CompileUnit
     from elftools.dwarf.die import DIE
     from elftools.dwarf.dwarfinfo import DWARFInfo
+    from elftools.dwarf.lineprogram import LineProgram
 
 AGGREGATES = {
     "DW_TAG_structure_type": "struct",
@@ -107,9 +111,9 @@ class Unit:
         """Addresses in ascending order and the source line from there on."""
         with reading(self.info.path):
             program = self.info.dwarf.line_program_for_CU(self.cu)
-            rows = [] if program is None else list(_rows(program))
-        rows.sort(key=lambda row: (row[0], row[1] is not None))
-        return [address for address, _ in rows], [line for _, line in rows]
+            found = [] if program is None else list(_rows(program))
+        found.sort(key=_by_address)
+        return [address for address, _ in found], [line for _, line in found]
 
     def line(self, address: int) -> str | None:
         """``file:line`` of an address (DWARF 5, section 6.2)."""
@@ -121,8 +125,8 @@ class Unit:
         """The same for a function's start: the first row there is its own, later ones may be of inlined code."""
         addresses, lines = self._lines
         index = bisect.bisect_left(addresses, address)
-        rows = itertools.takewhile(lambda k: addresses[k] == address, range(index, len(addresses)))
-        return next((lines[k] for k in rows if lines[k] is not None), None)
+        here = itertools.takewhile(lambda k: addresses[k] == address, range(index, len(addresses)))
+        return next((lines[k] for k in here if lines[k] is not None), None)
 
 
 class DebugInfo:
@@ -132,6 +136,7 @@ class DebugInfo:
         """Raises BadInput for a damaged file."""
         self.file = file
         self.path = file.path
+        self._units: dict[int, Unit] = {}
         with reading(self.path):
             self.dwarf: DWARFInfo = self._open(file.path)
             if file.alternate is not None:
@@ -147,9 +152,15 @@ class DebugInfo:
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
-        """All compilation units."""
+        """All compilation units; reading what each says of itself takes a while, so ask for single ones instead."""
         with reading(self.path):
-            return tuple(Unit(self, cu) for cu in self._headers if _unit_type(cu) not in ("DW_UT_type", 6))
+            return tuple(self.unit(cu) for cu in self._headers if _unit_type(cu) not in ("DW_UT_type", 2))
+
+    def unit(self, cu: CompileUnit) -> Unit:
+        """The unit that pyelftools' own stands for."""
+        if cu.cu_offset not in self._units:
+            self._units[cu.cu_offset] = Unit(self, cu)
+        return self._units[cu.cu_offset]
 
     @cached_property
     def _headers(self) -> list[CompileUnit]:
@@ -175,16 +186,18 @@ class DebugInfo:
                 self.collect(top, "", found, value_of(top, "DW_AT_language") in C_PLUS_PLUS)
         return found
 
-    @cached_property
-    def _by_offset(self) -> dict[int, Unit]:
-        return {unit.cu.cu_offset: unit for unit in self.units}
-
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is there and cannot be used."""
-        split = [unit.name for unit in self.units if unit.split]
-        said = [f"{self.path.name}: {len(split)} unit(s) have their types in .dwo files, which are not read"]
-        return (*self.file.notes, *(said if split else ()))
+        """What is there and cannot be used, of the units that were looked at so far."""
+        split = [unit.name for unit in self._units.values() if unit.split]
+        said = f"{self.path.name}: {len(split)} unit(s) have their types in .dwo files, which are not read"
+        return (*self.file.notes, *([said] if split else ()))
+
+    @cached_property
+    def _ranges(self) -> ARanges | None:
+        """.debug_aranges (DWARF 5, section 6.1.2), which gcc writes and clang does not."""
+        found = self.dwarf.get_aranges()
+        return found if found is not None and found.keys else None
 
     @cached_property
     def _spans(self) -> tuple[list[int], list[tuple[int, Unit]]]:
@@ -200,7 +213,11 @@ class DebugInfo:
         return [low for low, _, _ in rows], [(high, unit) for _, high, unit in rows]
 
     def unit_at(self, address: int) -> Unit | None:
-        """The unit whose code lies at an address."""
+        """The unit whose code lies at an address: by .debug_aranges, and where that does not say, by all units."""
+        with reading(self.path):
+            offset = self._ranges.cu_offset_at_addr(address) if self._ranges is not None else None
+            if offset is not None:
+                return self.unit(self.dwarf.get_CU_at(offset))
         starts, rest = self._spans
         index = bisect.bisect_right(starts, address) - 1
         if index < 0 or address >= rest[index][0]:
@@ -240,9 +257,8 @@ class DebugInfo:
             entry = todo.pop()
             origin = self.follow(entry, "DW_AT_abstract_origin")
             if origin is not None:
-                unit = self._by_offset.get(origin.cu.cu_offset)
-                if unit is not None:
-                    units.setdefault(unit.cu.cu_offset, unit)
+                if origin.dwarfinfo is self.dwarf and "DW_AT_signature" not in origin.attributes:
+                    units.setdefault(origin.cu.cu_offset, self.unit(origin.cu))
                 if origin.tag == "DW_TAG_subprogram" and origin.offset not in seen:
                     seen.add(origin.offset)
                     todo.append(origin)
@@ -332,6 +348,10 @@ class DebugInfo:
         return [(int(low.value), int(end))]
 
 
+def _by_address(row: tuple[int, str | None]) -> tuple[int, bool]:
+    return row[0], row[1] is not None
+
+
 def _unit_type(cu: CompileUnit) -> object:
     return cu.header.get("unit_type")
 
@@ -347,23 +367,29 @@ def _absolute(entries: list[object], base: int) -> list[tuple[int, int]]:
     return found
 
 
-def _rows(program: object) -> Iterator[tuple[int, str | None]]:
+def _rows(program: LineProgram) -> Iterator[tuple[int, str | None]]:
     """(address, ``file:line``) of a line table; None where a sequence ends."""
-    header = program.header  # type: ignore[attr-defined]
+    header = program.header
     first = 0 if header["version"] >= 5 else 1
     names = [_file_name(header, entry) for entry in header["file_entry"]]
-    for entry in program.get_entries():  # type: ignore[attr-defined]
-        state = entry.state
-        if state is not None:
-            index = state.file - first
-            known = 0 <= index < len(names) and state.line
-            yield state.address, f"{names[index]}:{state.line}" if known and not state.end_sequence else None
+    program.stream.seek(program.program_start_offset)
+    code = program.stream.read(program.program_end_offset - program.program_start_offset)
+    parameters = LineHeader(
+        header["minimum_instruction_length"],
+        header["line_base"],
+        header["line_range"],
+        header["opcode_base"],
+        tuple(header["standard_opcode_lengths"]),
+    )
+    for address, file, line in rows(code, parameters):
+        known = 0 <= file - first < len(names) and line > 0
+        yield address, f"{names[file - first]}:{line}" if known else None
 
 
-def _file_name(header: object, entry: object) -> str:
-    name = entry.name.decode("utf-8", "surrogateescape")  # type: ignore[attr-defined]
-    directories, index = header["include_directory"], entry.dir_index  # type: ignore[index,attr-defined]
-    if header["version"] < 5:  # type: ignore[index]
+def _file_name(header: Container, entry: Container) -> str:
+    name = entry.name.decode("utf-8", "surrogateescape")
+    directories, index = header["include_directory"], entry.dir_index
+    if header["version"] < 5:
         index -= 1
     elif index == 0:
         return str(name)

@@ -57,10 +57,13 @@ def compare_types(
     debug information.
     """
     old, new = debug
-    notes = tuple(note for info in debug if info is not None for note in info.notes)
     if old is None or new is None or old.file.notes or new.file.notes:  # half of the types would prove nothing
-        return TypeVerdict((), (), (), frozenset(), {}, notes)
-    return _Comparer(comparison, old, new, members).verdict(notes)
+        return TypeVerdict((), (), (), frozenset(), {}, _notes(debug))
+    return replace(_Comparer(comparison, old, new, members).verdict(), notes=_notes(debug))
+
+
+def _notes(debug: tuple[DebugInfo | None, DebugInfo | None]) -> tuple[str, ...]:
+    return tuple(note for info in debug if info is not None for note in info.notes)
 
 
 class _Comparer:
@@ -81,7 +84,7 @@ class _Comparer:
         i = int(self.comparison.matching.old_of[function])
         return i >= 0 and bool(self.comparison.matching.same[i])
 
-    def verdict(self, notes: tuple[str, ...]) -> TypeVerdict:
+    def verdict(self) -> TypeVerdict:
         layouts: dict[TypeKey, TypeChange] = {}
         enumerations: dict[TypeKey, TypeChange] = {}
         variables: dict[str, TypeChange] = {}
@@ -99,7 +102,7 @@ class _Comparer:
             tuple(variables.values()),
             described,
             prototypes,
-            notes,
+            (),
         )
 
     def _scopes(self) -> Iterator[tuple[Contents, list[Contents], str]]:
@@ -112,12 +115,12 @@ class _Comparer:
             for unit in function.units:
                 units[id(unit)] = unit
                 beside = counterparts.setdefault(id(unit), {})
-                olds = [u for other in others for u in other.units] or list(self.old.units_named(unit.name))
-                beside.update({id(u): u for u in olds})
+                beside.update({id(u): u for other in others for u in other.units})
             yield function.local, [other.local for other in others], function.units[0].name
         everywhere = {key: unit for beside in counterparts.values() for key, unit in beside.items()}
         for key, unit in units.items():
-            first = list(counterparts[key].values())
+            # A unit all of whose changed functions are new is compared with the old one of its name.
+            first = list(counterparts[key].values()) or list(self.old.units_named(unit.name))
             rest = [other for other in everywhere.values() if other not in first]
             yield unit.contents, [*(u.contents for u in (*first, *rest)), self.old.type_units], unit.name
 
