@@ -100,6 +100,7 @@ class _Matcher:
         self._follow(equal=False)
         self._vote_slots()
         self._correct()
+        self._replaced()
         self._keep_exports()
         same = np.zeros(len(self.old), np.bool_)
         for i in np.nonzero(self.new_of >= 0)[0].tolist():
@@ -212,6 +213,20 @@ class _Matcher:
         self._in_order(self.strict_old, self.strict_new)
         self._in_order(self.plain_old, self.plain_new)
 
+    def _replaced(self) -> None:
+        """What stands in all places where a vanished function stood is that function, however little it resembles it.
+
+        Pointers to it that the program has stored must lead to the new code as well.
+        """
+        suitors: dict[int, list[int]] = {}
+        for i, votes in self.votes.items():
+            for j in votes:
+                suitors.setdefault(j, []).append(i)
+        for i, votes in self.votes.items():
+            j = next(iter(votes))
+            if self.new_of[i] < 0 and len(votes) == 1 and self.old_of[j] < 0 and suitors[j] == [i]:
+                self._link(i, j, How.REFERENCE)
+
     def _contradicted(self) -> Iterable[int]:
         """Functions whose match most references, or the slots of paired tables, speak against."""
         for i, votes in self.votes.items():
@@ -236,7 +251,9 @@ class _Matcher:
             slots = list(self._slots(o, n))
             agreeing = sum(self.new_of[i] == j for i, j in slots)
             permuted = {int(self.new_of[i]) for i, _ in slots} == {j for _, j in slots}
-            if 2 * agreeing >= len(slots) or permuted:  # else elements were inserted, and nothing is side by side
+            open_on_both = sum(self.new_of[i] < 0 and self.old_of[j] < 0 for i, j in slots)
+            alone = open_on_both == 1 and agreeing == len(slots) - 1  # what replaced the one that vanished
+            if 2 * agreeing >= len(slots) or permuted or alone:  # else elements were inserted, none are side by side
                 for i, j in slots:
                     if self.how[i] in (How.ORDER, How.SIMILAR, 0):  # what is unique by its bytes was moved in the table
                         self.votes.setdefault(i, Counter())[j] += 1
