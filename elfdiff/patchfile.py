@@ -78,19 +78,19 @@ class _Section:
 # -- writing ----------------------------------------------------------------------------------------------------
 
 
-def require_output(path: Path, inputs: Sequence[Path]) -> None:
-    """Refuse what ``write_patch`` would refuse after the work, and what it must not replace. Raises BadInput."""
-    hint = "name a new file, or an old patch object, in a folder that exists and that you may write to"
+def require_output(path: Path, inputs: Sequence[Path], what: str = "patch object") -> None:
+    """Refuse what could not be written after the work, and what it must not replace. Raises BadInput."""
+    hint = f"name a new file, or an old {what}, in a folder that exists and that you may write to"
     try:
         if not path.parent.is_dir():
-            raise BadInput(f"{path}: cannot write the patch object", why=f"{path.parent} is no folder", next_step=hint)
+            raise BadInput(f"{path}: cannot write the {what}", why=f"{path.parent} is no folder", next_step=hint)
         if path.exists() and not path.is_file():
-            raise BadInput(f"{path}: cannot write the patch object", why="this is no regular file", next_step=hint)
+            raise BadInput(f"{path}: cannot write the {what}", why="this is no regular file", next_step=hint)
         for one in inputs:
             if path.exists() and one.exists() and path.samefile(one):
-                raise BadInput(f"{path}: the patch object would replace {one}", why="both are one file", next_step=hint)
+                raise BadInput(f"{path}: the {what} would replace {one}", why="both are one file", next_step=hint)
     except OSError as error:
-        raise BadInput(f"{path}: cannot write the patch object", why=str(error), next_step=hint) from error
+        raise BadInput(f"{path}: cannot write the {what}", why=str(error), next_step=hint) from error
 
 
 def write_patch(patch: PatchObject, path: Path) -> PatchObject:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from elfdiff.errors import BadInput
 from elfdiff.explain import ExplainedFunction, Explanation
+from elfdiff.patchfile import require_output
 from elfdiff.patchobject import Finding, Severity
 from elfdiff.quoting import printable
 from patcher.explanation_page import SCRIPT, STYLE
@@ -64,8 +65,9 @@ def page(explanation: Explanation, context: int, command: str) -> str:
 
 def write_page(text: str, path: Path) -> None:
     """Write the page whole or not at all. Raises BadInput."""
+    require_output(path, (), "page")  # a device would be replaced, too
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}", delete=False) as stream:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".livegraft-", delete=False) as stream:
             temporary = Path(stream.name)
             try:
                 stream.write(text.encode())
@@ -78,6 +80,7 @@ def write_page(text: str, path: Path) -> None:
     except OSError as error:
         raise BadInput(
             f"{path}: cannot write the page: {error.strerror}",
+            why=str(error),
             next_step="name a file in a folder that exists and that you may write to",
         ) from error
 

@@ -49,9 +49,12 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Report:
     """Read or compare, and show."""
     from elfdiff.explain import select
+    from elfdiff.patchfile import require_output
     from patcher.explanation_json import explanation_json, listings_json
     from patcher.explanation_text import listings, overview
 
+    if arguments.html is not None:
+        require_output(arguments.html, [path for path in (arguments.patch, arguments.new) if path is not None], "page")
     explanation = _explanation(arguments)
     chosen: tuple[ExplainedFunction, ...] = ()
     if arguments.diff is not None:
