@@ -4,6 +4,7 @@
 PYTHON ?= python3
 ARGS ?=
 ROUNDS ?= 300
+SEED ?= 1
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -29,6 +30,11 @@ test-real: $(VENV)/.development ## the long tests: tor, frr and memcached built 
 soak: $(VENV)/.development ## the long runs: 300 kills of the patcher (ROUNDS=n for another number)
 	@bash .ci/tools all
 	@LIVEGRAFT_ROUNDS=$(ROUNDS) $(RUN) -m pytest -s tests/live/test_killed_patcher.py
+
+fuzz: ROUNDS = 10000
+fuzz: $(VENV)/.development ## damaged ELF files through diff, 10000 of them (ROUNDS=n, SEED=n to replay)
+	@bash .ci/tools all
+	@$(RUN) -m tests.fuzz --rounds $(ROUNDS) --seed $(SEED)
 
 lint: $(VENV)/.development ## check style and types
 	@$(RUN) -m ruff check .

@@ -52,7 +52,7 @@ class Outcome:
         if self.status < 0:
             return f"killed by {signal.Signals(-self.status).name} after {self.seconds:.0f} s"
         if self.status == BUG:
-            return f"raised {self.stderr.strip().splitlines()[-1]}"
+            return f"raised {(self.stderr.strip().splitlines() or ['?'])[-1]}"
         if self.status not in (0, 2, 3, 4):
             return f"exit {self.status}: {self.stderr.strip()}"
         if self.status != 0 and ("livegraft: " not in self.stderr or "  why: " not in self.stderr):
@@ -95,7 +95,8 @@ def run_all(tasks: Iterable[tuple[Key, Task]], jobs: int = 2) -> Iterator[tuple[
 def _preload() -> None:
     """What every child needs is imported once."""
     for name in ("elftools.elf.elffile", "lief", "capstone", "elfdiff.diff", "elfdiff.patchfile", "patcher.cli",
-                 "patcher.commands.diff", "patcher.commands.inspect"):  # fmt: skip
+                 "patcher.commands.diff", "patcher.commands.inspect", "patcher.explanation_text", "elfdiff.explain",
+                 "patcher.transaction"):  # fmt: skip
         importlib.import_module(name)
 
 

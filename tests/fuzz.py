@@ -10,6 +10,7 @@ A round is one damaged file, compared both ways: as the old build and as the new
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -135,7 +136,8 @@ class Result:
 
     statuses: Counter[int] = field(default_factory=Counter)
     by_subject: Counter[tuple[str, int]] = field(default_factory=Counter)
-    faults: list[tuple[Round, str]] = field(default_factory=list)
+    faults: list[tuple[Round, str]] = field(default_factory=list)  # the first of each kind
+    kinds: Counter[str] = field(default_factory=Counter)
     slowest: tuple[float, str] = (0.0, "")
     largest: tuple[int, str] = (0, "")
 
@@ -147,7 +149,9 @@ class Result:
         self.largest = max(self.largest, (outcome.peak, str(one)))
         left = outcome.left if outcome.status else ()
         fault = outcome.fault or (f"left {left}" if left else "")
-        if fault:
+        kind = re.sub(r"/\S+|0x[0-9a-f]+|\d+|'.*?'", "#", fault)
+        self.kinds[kind] += bool(fault)
+        if self.kinds[kind] == 1:
             self.faults.append((one, fault))
 
     def lines(self) -> list[str]:
@@ -158,6 +162,7 @@ class Result:
             f"slowest {self.slowest[0]:.1f} s ({self.slowest[1]})",
             f"largest {self.largest[0] >> 20} MB ({self.largest[1]})",
             *(f"FAULT {one}: {fault:.300}" for one, fault in self.faults),
+            *(f"{self.kinds.total()} faults of {len(self.faults)} kinds" for _ in self.faults[:1]),
         ]
 
 
@@ -170,7 +175,7 @@ def fuzz(pairs: list[Subject], first: int, count: int, say: Callable[[str], None
         if len(result.faults) > faults:
             say(f"FAULT {one}: {result.faults[-1][1]:.300}")
         if len(result.faults) >= MAX_FAULTS:
-            say(f"stopped after {MAX_FAULTS} faults")
+            say(f"stopped after {MAX_FAULTS} kinds of faults")
             break
         if result.statuses.total() % 1000 == 0:
             say(f"{result.statuses.total()} of {2 * count}")
