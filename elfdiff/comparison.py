@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from elfdiff.addressmap import AddressMap, learn
 from elfdiff.code import Code
 from elfdiff.constants import ConstantVerdicts, compare_constants
+from elfdiff.handlers import HandlerComparison
 from elfdiff.image import R_X86_64_IRELATIVE, Image, Kind
 from elfdiff.jumptables_x86_64 import JumpTable, find_jump_tables
 from elfdiff.lines import line_only
@@ -43,6 +44,7 @@ class Comparison:
     added: tuple[int, ...]  # new functions without counterpart
     removed: tuple[int, ...]  # old functions without counterpart
     differing_data: tuple[tuple[int, int], ...]  # (old, new) of writable variables whose initial value differs
+    handlers: HandlerComparison = field(repr=False)
     decided: dict[int, tuple[int, int]] = field(default_factory=dict)
     """New function of equal bytes that is changed all the same -> the (old, new) addresses that show it."""
 
@@ -63,6 +65,8 @@ def compare(old: Code, new: Code) -> Comparison:
     changed.update({j: Reason.LINES for _, j in lines})
     judge = _Judge(old, new, matching, addresses, constants)
     changed.update(judge.demoted())
+    handlers = HandlerComparison(old, new, matching)
+    changed.update({j: Reason.HANDLERS for j in handlers.differing() if changed.get(j, Reason.LINES) is Reason.LINES})
     lines = [(i, j) for i, j in lines if changed[j] is Reason.LINES]
     differing = [pair for pair in constants.differing if _writable(old.image, pair[0])]
     return Comparison(
@@ -78,6 +82,7 @@ def compare(old: Code, new: Code) -> Comparison:
         removed=tuple(np.nonzero(matching.new_of < 0)[0].tolist()),
         differing_data=tuple(sorted(differing)),
         decided=judge.decided,
+        handlers=handlers,
     )
 
 
@@ -141,6 +146,9 @@ class _Judge:
         old_kind, new_kind = self.old.image.kind_at(o), self.new.image.kind_at(n)
         if Kind.TEXT in (old_kind, new_kind):
             return None if self._same_code(o, n) else Reason.CALLEE
+        copied = self.old.image.copied(o), self.new.image.copied(n)
+        if copied != (None, None):
+            return None if copied[0] == copied[1] else Reason.CALLEE
         linkage = (Kind.PLT, Kind.GOT)
         if old_kind in linkage and new_kind in linkage:
             return None if self._same_slot(o, n) else Reason.CALLEE

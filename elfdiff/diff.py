@@ -18,7 +18,7 @@ from elfdiff.findings import find
 from elfdiff.image import Image
 from elfdiff.imagefile import load_image
 from elfdiff.patchbuild import Draft, build, build_of, draft
-from elfdiff.patchobject import Build, Finding, PatchObject, Severity
+from elfdiff.patchobject import Build, Finding, PatchObject, Reason, Severity
 from elfdiff.reasons import collect, old_code
 
 MIN_MATCHED = 0.4
@@ -161,7 +161,7 @@ def _same_program(comparison: Comparison, old: Code, new: Code) -> None:
 
 def summary(patch: PatchObject) -> dict[str, int]:
     """Counts for people and machines: functions by reason, references by what they lead to."""
-    counts: dict[str, int] = {f"functions_{r}": 0 for r in ("code", "constant", "callee", "closure", "lines", "new")}
+    counts: dict[str, int] = {f"functions_{reason}": 0 for reason in Reason}
     for function in patch.functions:
         counts[f"functions_{function.reason}"] += 1
     symbols, numbers = np.unique(patch.relocations["symbol"], return_counts=True)

@@ -169,6 +169,24 @@ class Image:
             found.setdefault(address, set()).add(name)
         return {address: frozenset(names) for address, names in found.items()}
 
+    @cached_property
+    def _copied(self) -> tuple[list[int], list[int]]:
+        """Start and end of each variable that the dynamic linker copies into the program, by rising address."""
+        starts = sorted(self.copies)
+        ends = []
+        for start in starts:
+            rows = slice(*np.searchsorted(self.symbols.values, [start, start + 1]).tolist())
+            ends.append(start + max(1, *self.symbols.sizes[rows].tolist(), 0))
+        return starts, ends
+
+    def copied(self, address: int) -> tuple[str, int] | None:
+        """(symbol, offset into it) of the library's variable whose copy an address lies in; None where in none."""
+        starts, ends = self._copied
+        index = bisect.bisect_right(starts, address) - 1
+        if index < 0 or address >= ends[index]:
+            return None
+        return self.slots[starts[index]].symbol, address - starts[index]
+
     @property
     def name(self) -> str:
         """The file's name without directories."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from elfdiff.code import TRANSFERS, Code, FieldKind
 from elfdiff.comparison import Comparison
 from elfdiff.debuginfo import DebugInfo
+from elfdiff.handlerlinks import relocate_handlers
 from elfdiff.image import PAGE, Addresses, Image, Kind
 from elfdiff.layout_x86_64 import LayoutTraces, layout_traces
 from elfdiff.patchobject import (
@@ -60,6 +61,14 @@ class Draft:
         members = tuple(self.comparison.new.function_of(function.new_start) for function in self.functions)
         return compare_types(self.comparison, self.debug, members)
 
+    @property
+    def exceptions(self) -> bool:
+        """Whether exceptions may pass through the patch's functions: they have handlers, or it is a C++ program."""
+        new = self.comparison.new
+        handling = any(new.has_lsda[new.function_of(function.new_start)] for function in self.functions)
+        needs = any(name.startswith(("libstdc++", "libc++")) for name in new.image.needed)
+        return handling or needs or bool(self.comparison.handlers.types.new.by_name)
+
     @cached_property
     def traces(self) -> tuple[LayoutTraces, ...]:
         """What the changed functions show of changed layouts."""
@@ -78,6 +87,7 @@ def draft(comparison: Comparison, members: NDArray[np.int64], reasons: dict[int,
     result = Draft(comparison, (), resolver)
     for function in members.tolist():
         _relocate_function(result, function)
+    result.relocations += relocate_handlers(comparison, members.tolist(), resolver)
     _relocate_owned(result)
     resolver.finish()
     result.functions = _functions(comparison, members, reasons, resolver.forced_entries)
@@ -100,14 +110,22 @@ def _relocate_owned(result: Draft) -> None:
     """Pointer slots in owned data and GOT slots; what they lead to may be owned in turn."""
     resolver, image = result.resolver, result.comparison.new.image
     done: set[int] = set()
+    symbolic = np.array(sorted(image.slots.keys() - image.copies), np.int64)
     while True:
         extents = {**resolver.owned.constants, **resolver.owned.variables}
         places = set(_slots_in(image.relative_places, extents)) - done
-        if not places:
+        named = set(_slots_in(symbolic, extents)) - done
+        if not places and not named:
             break
-        done |= places
+        done |= places | named
         for place in sorted(places):
             _relocate_slot(result, place)
+        for place in sorted(named):
+            held = resolver.content(place)
+            if isinstance(held, str):
+                resolver.note_slot(place, image.slots[place].addend, held)
+            else:
+                resolver.owned.slots[place] = held
     for slot, filled in resolver.owned.slots.items():
         result.relocations.append((slot, RelocationType.ABS64, filled.symbol, filled.address))
 
@@ -199,6 +217,7 @@ def build(result: Draft, findings: tuple[Finding, ...]) -> PatchObject:
         ),
         eh_frame_hdr=new.eh_frame_hdr,
         needed=tuple(name for name in new.needed if name not in old.needed),
+        exceptions=result.exceptions,
     )
 
 

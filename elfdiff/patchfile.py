@@ -239,6 +239,7 @@ def _metadata(patch: PatchObject) -> bytes:
             "line_only": [vars(f) for f in patch.line_only],
             "eh_frame_hdr": patch.eh_frame_hdr,
             "needed": patch.needed,
+            "exceptions": patch.exceptions,
         },
         separators=(",", ":"),
     ).encode()
@@ -360,6 +361,7 @@ def _decode(raw: bytes, meta: dict[str, Any], sections: dict[str, tuple[int, int
         needed=tuple(text("needed", name) for name in array("needed", meta["needed"])),
         evidence=_optional(raw, sections, EVIDENCE_SECTION),
         old_code=_optional(raw, sections, OLD_CODE_SECTION),
+        exceptions=bool(meta["exceptions"]),
     )
 
 

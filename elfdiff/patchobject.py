@@ -15,7 +15,7 @@ from enum import IntEnum, StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised whenever a reader of the old format would misunderstand the new one."""
 
 
@@ -73,6 +73,7 @@ class Reason(StrEnum):
 
     CODE = "code"  # its own instructions differ
     CONSTANT = "constant"  # it reads a constant that differs
+    HANDLERS = "handlers"  # same bytes, but it catches other exceptions, or in other places
     CALLEE = "callee"  # same bytes, but a reference leads elsewhere
     CLOSURE = "closure"  # a cold part, or shares a jump with a patched function
     LINES = "lines"  # differs in line numbers only, included by --lines
@@ -186,6 +187,8 @@ class PatchObject:
     needed: tuple[str, ...] = ()  # libraries (DT_NEEDED) that the new build asks for and the old one does not
     evidence: bytes = field(default=b"", repr=False)
     old_code: bytes = field(default=b"", repr=False)
+    exceptions: bool = False
+    """Whether exceptions may pass through its functions, so that the process must find its unwind tables."""
 
     @property
     def low(self) -> int:

@@ -76,6 +76,7 @@ class Resolver:
         self._old_slots = self._slots_by_name()
         self.variables = Variables(comparison)
         self._labels = self._label_slots()
+        self._types = comparison.handlers.types.new.addresses
 
     # -- the references of one function -------------------------------------------------------------------
 
@@ -139,7 +140,20 @@ class Resolver:
         known = self.comparison.addresses.old_of.get(target)
         if known is not None and known[0] != target:
             return False
+        if self._moved_with_its_function(row):
+            return False
         return target % MIN_ALIGNMENT != 0 and self.new.image.read(target - 1, 1) != b"\0"
+
+    def _moved_with_its_function(self, row: int) -> bool:
+        """It names the start of a function, and the old function named where that one was before it moved."""
+        references, old = self.new.references, self.old.references
+        function = self.new.function_of(int(references.target[row]))
+        entry = self.comparison.old_entry(function) if function >= 0 else None
+        i = int(self.comparison.matching.old_of[int(references.function[row])])
+        if entry is None or i < 0 or int(self.new.starts[function]) != int(references.target[row]):
+            return False
+        mine = old.of(i)
+        return bool(((old.target[mine] == entry) & (old.kind[mine] == FieldKind.ABSOLUTE_IMMEDIATE)).any())
 
     def _inside_named(self, target: int, found: dict[int, Place]) -> bool:
         """The same function names the beginning of the owned constant in which the target lies."""
@@ -169,6 +183,8 @@ class Resolver:
                     continue
                 if a.symbol == b.symbol and b.address - a.address == second - first:
                     continue
+                if first in self._types or self.new.image.copied(first):
+                    continue  # a type or a library's variable: not an array of the program's
                 again = True
                 for target in (first, second):
                     self._take_from_patch(target, by_target[target], found, other=first)
@@ -183,7 +199,9 @@ class Resolver:
 
     def _take_from_patch(self, target: int, rows: list[int], found: dict[int, Place], *, other: int) -> None:
         section = self.new.image.section_at(target)
-        if section is not None and section.kind in (Kind.CONSTANT, Kind.RELRO):
+        constant = section is not None and section.kind in (Kind.CONSTANT, Kind.RELRO)
+        shared = self.comparison.handlers.types.old_of(target) is not None or self.new.image.copied(target)
+        if constant and not shared:
             self.owned.constants.setdefault(target, self._constant_end(target))
             for row in rows:
                 found[row] = Place(PATCH_IMAGE, target)
@@ -207,6 +225,9 @@ class Resolver:
         return self._known[key]
 
     def _resolve(self, target: int, taken: bool) -> Place | str:
+        copied = self.new.image.copied(target)
+        if copied is not None:
+            return self._copy(*copied)
         kind = self.new.image.kind_at(target)
         if kind is Kind.TEXT:
             return self._code(target, taken)
@@ -273,7 +294,10 @@ class Resolver:
         if isinstance(filled, str):
             return filled
         if filled.symbol != PATCH_IMAGE:  # the old build has a slot but no stub for it
-            self.owned.slots[slot_address] = self._import(slot)
+            place = self._import(slot)
+            if isinstance(place, str):
+                return place
+            self.owned.slots[slot_address] = place
         self.owned.stubs[target] = slot_address
         return Place(PATCH_IMAGE, target)
 
@@ -288,7 +312,10 @@ class Resolver:
                 return Place(OLD_IMAGE, self._old_slots[name])
             if not slot.symbol or slot.type not in SYMBOL_VALUES:
                 return "a slot of thread-local storage or an indirect function without counterpart"
-            self.owned.slots[target] = self._import(slot)
+            place = self._import(slot)
+            if isinstance(place, str):
+                return place
+            self.owned.slots[target] = place
             return Place(PATCH_IMAGE, target)
         pointed = image.pointer_at(target)
         if pointed is None:
@@ -300,7 +327,17 @@ class Resolver:
         self.owned.slots[target] = inner
         return Place(PATCH_IMAGE, target)
 
-    def _import(self, slot: Slot) -> Place:
+    def _copy(self, symbol: str, offset: int) -> Place | str:
+        """A library's variable that the dynamic linker copies into the program: the running program's copy."""
+        for address in self.old.image.copies:
+            if self.old.image.slots[address].symbol == symbol:
+                return Place(OLD_IMAGE, address + offset)
+        return "it is a library's variable of which the running program has no copy"
+
+    def _import(self, slot: Slot) -> Place | str:
+        own = self.new.image.exports.get(slot.symbol)
+        if own is not None and slot.symbol not in self.old.image.exports:
+            return self.address(own + slot.addend, taken=True)  # only the patch has what it names
         wanted = Import(slot.symbol, slot.version, slot.weak)
         if wanted not in self.imports:
             self.imports.append(wanted)
@@ -337,6 +374,14 @@ class Resolver:
                 found[name] = address
         return found
 
+    def content(self, slot_address: int) -> Place | str:
+        """What a pointer slot of the new build holds, for a slot that the patch is to have itself."""
+        slot = self.new.image.slots.get(slot_address)
+        if slot is not None:
+            return self._import(slot) if slot.symbol and slot.type in SYMBOL_VALUES else "a slot without a symbol"
+        pointed = self.new.image.pointer_at(slot_address)
+        return "a slot without relocation" if pointed is None else self.address(pointed, taken=True)
+
     # -- constants ------------------------------------------------------------------------------------------
 
     def _constant(self, target: int) -> Place | str:
@@ -344,6 +389,9 @@ class Resolver:
         if target in comparison.tables[1]:
             self.owned.constants[target] = comparison.tables[1][target].end
             return Place(PATCH_IMAGE, target)
+        known = comparison.handlers.types.old_of(target)
+        if known is not None:
+            return Place(OLD_IMAGE, known)  # a type must stay the one that live objects and exceptions have
         known = comparison.addresses.certain(target)
         if known is not None and comparison.constants.same(known, target) and not self._holds_labels(target):
             return Place(OLD_IMAGE, known)

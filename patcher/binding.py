@@ -30,6 +30,7 @@ from .memory import Memory
 from .modules import Module, find_module
 from .record import Record, State
 from .scope import require_libraries, resolve, search_scope
+from .unwinders import LookupSlot, link_map_of, lookup_slots
 
 PF_X, PF_W, PF_R = 1, 2, 4
 _PAGE = 4096
@@ -50,6 +51,10 @@ class Binding:
     patch: PatchObject
     module: Module
     imports: tuple[int, ...]
+    lookups: tuple[LookupSlot, ...] = ()
+    """The slots through which the process looks up unwind tables, where the patch has such tables."""
+    link_map: int = 0
+    """The address of the image's struct link_map (link.h), or 0."""
 
     @property
     def old_bias(self) -> int:
@@ -88,7 +93,18 @@ def bind(patch: PatchObject, loaded: Sequence[Module], memory: Memory, records: 
         scope = search_scope(loaded, module, memory)
         require_libraries(patch.needed, scope, patch.new.name)
         imports = tuple(resolve(item.name, item.version, scope, memory, weak=item.weak) for item in patch.imports)
-    return Binding(patch, module, imports)
+    if patch.eh_frame_hdr is None:
+        return Binding(patch, module, imports)
+    lookups = lookup_slots(loaded, memory)
+    if patch.exceptions and not lookups:
+        raise Refused(
+            "exceptions: no image of the process looks up unwind tables in a way that is known",
+            why="C++ exceptions may pass through the changed functions, and a statically linked or unknown unwinder "
+            "would not find their handlers",
+            next_step="restart the program; or, if no exception passes through these functions, make the patch with "
+            "--allow exceptions",
+        )
+    return Binding(patch, module, imports, lookups, link_map_of(module, loaded, memory))
 
 
 def _require_no_refusal(patch: PatchObject) -> None:

@@ -79,7 +79,7 @@ def place_line(item: ExplainedFunction) -> str:
 
 def functions_line(counts: dict[str, int]) -> str:
     """How many functions are in a patch, by reason."""
-    reasons = ("code", "constant", "callee", "closure", "lines", "new")
+    reasons = ("code", "constant", "callee", "handlers", "closure", "lines", "new")
     parts = [f"{counts[f'functions_{reason}']} {reason}" for reason in reasons if counts[f"functions_{reason}"]]
     return f"{counts['functions']} ({', '.join(parts) or 'none'}); {counts['entry_jumps']} redirected"
 

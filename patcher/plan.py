@@ -18,6 +18,7 @@ from trampolines.errors import TrampolineError
 
 from .binding import PF_X, Binding, overlay
 from .forbidden import ForbiddenRange
+from .lookups import WordWrite, hook_writes, unhook_writes
 from .modules import Module
 from .record import Contents, JournalEntry, Record, State, state_word
 
@@ -40,6 +41,7 @@ class Situation:
     idle: tuple[Record, ...]
     prepared: tuple[Record, ...]
     stale: tuple[Record, ...]
+    everything: tuple[Record, ...] = ()  # the records of all images
 
     @property
     def active(self) -> tuple[Record, ...]:
@@ -82,7 +84,8 @@ def situation(records: Iterable[Record], module: Module) -> Situation:
     Raises TargetDamaged where two records both claim to be in force, which no sequence of commands leaves
     behind.
     """
-    own = [item for item in records if _is_of(item, module)]
+    everything = tuple(records)
+    own = [item for item in everything if _is_of(item, module)]
     applied = [item for item in own if item.state is State.APPLIED]
     if len(applied) > 1:
         raise TargetDamaged(
@@ -96,6 +99,7 @@ def situation(records: Iterable[Record], module: Module) -> Situation:
         idle=tuple(item for item in own if item.state in _SUPERSEDED),
         prepared=tuple(item for item in own if item.state is State.PREPARED),
         stale=tuple(item for item in own if item.state is not item.written),
+        everything=everything,
     )
 
 
@@ -180,13 +184,18 @@ def _require_apart(journal: Sequence[JournalEntry]) -> None:
             )
 
 
-def removed_ranges(binding: Binding) -> tuple[ForbiddenRange, ...]:
-    """Return the old functions that the new build no longer has: nobody may be in them any more."""
-    return tuple(
+def idle_ranges(binding: Binding) -> tuple[ForbiddenRange, ...]:
+    """Return what must be idle beside the functions of a patch.
+
+    The old functions that the new build no longer has, and what binds the slots that are to lead to the patch: a
+    thread that is about to bind one would write over it.
+    """
+    removed = (
         ForbiddenRange(item.name, item.start + binding.old_bias, item.start + binding.old_bias + item.size)
         for item in binding.patch.removed
         if item.size
     )
+    return (*removed, *(item for slot in binding.lookups for item in slot.binding))
 
 
 def plan_apply(
@@ -195,11 +204,11 @@ def plan_apply(
     slot: int,
     now: Situation,
     read: ReadBytes,
-    removed: Sequence[ForbiddenRange] = (),
+    idle: Sequence[ForbiddenRange] = (),
 ) -> Plan:
     """Return the plan that puts the patch of the record ``own`` in force with new ``contents`` in ``slot``.
 
-    ``removed`` are further ranges that must be idle. Raises Refused where an entry holds bytes that neither
+    ``idle`` are further ranges that nobody may be in. Raises Refused where an entry holds bytes that neither
     the file nor a record accounts for.
     """
     others = [item for item in now.active if item.address != own.address]
@@ -209,32 +218,39 @@ def plan_apply(
     put_aside = [_to(item, State.REPLACED) for item in (*others, *now.stale) if item.address != own.address]
     return Plan(
         first=(_change(own, State.APPLYING, slot),),
-        pages=page_writes(wanted, known, read),
+        # First the unwind tables, then the code that needs them.
+        pages=(*_words(hook_writes(contents.lookups, now.everything, read)), *page_writes(wanted, known, read)),
         last=(_change(own, State.APPLIED, slot, State.APPLYING), *dict.fromkeys(put_aside)),
-        forbidden=disjoint((*_old_ranges(contents), *removed, *in_force)),
+        forbidden=disjoint((*_old_ranges(contents), *idle, *in_force)),
     )
 
 
-def plan_revert(record: Record, now: Situation, read: ReadBytes) -> Plan:
+def plan_revert(record: Record, now: Situation, read: ReadBytes, loaded: Sequence[Module] = ()) -> Plan:
     """Return the plan that takes the patch of ``record``, an active one, out of force.
 
     An applied patch, or one whose revert was interrupted, goes back to the bytes of the file. One whose apply
-    was interrupted is undone: what was in force before it is in force again. Raises Refused as ``plan_apply``
-    does.
+    was interrupted is undone: what was in force before it is in force again. ``loaded`` are the images of the
+    process. Raises Refused as ``plan_apply`` does.
     """
     undo = record.state is State.APPLYING
     settled = _settled(now.applied) if undo else {}
     pristine = _known_pristine(now.active)
     wanted = {address: settled.get(address, file_bytes) for address, file_bytes in pristine.items()}
-    ended = [_to(item, State.REVERTED) for item in now.interrupted if item.address != record.address]
+    others = [item for item in now.interrupted if item.address != record.address]
+    ended = [_to(item, State.REVERTED) for item in others]
+    slots = unhook_writes((record, *others), now.everything, loaded, read)
     during = State.APPLYING if undo else State.REVERTING
     begin = () if record.written is during else (_change(record, during, record.slot),)
     return Plan(
         first=(*(_to(item, State.REPLACED) for item in now.stale), *begin),
-        pages=page_writes(wanted, _known_values(now.active, ()), read),
+        pages=(*page_writes(wanted, _known_values(now.active, ()), read), *_words(slots)),
         last=(*ended, _change(record, State.REVERTED, record.slot, during)),
         forbidden=disjoint(item for active in now.active for item in _ranges(active.contents)),
     )
+
+
+def _words(writes: Iterable[WordWrite]) -> tuple[PageWrite, ...]:
+    return tuple(PageWrite(item.address, item.before, item.after) for item in writes)
 
 
 def _change(record: Record, state: State, slot: int, before: State | None = None) -> StateWrite:

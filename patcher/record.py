@@ -39,7 +39,7 @@ from .memory import Memory
 from .proc import Mapping
 
 MAGIC = b"LVGRAFT\x01"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MEMFD_PATH = "/memfd:livegraft"
 """How ``/proc/PID/maps`` and ``/proc/PID/fd`` show the memory files that ``RemoteCaller`` makes."""
 STATE_OFFSET = 16
@@ -106,6 +106,24 @@ class RecordedFunction:
 
 
 @dataclass(frozen=True, slots=True)
+class RecordedLookup:
+    """One slot that leads to a stand-in of the patch (``lookups``); addresses are absolute.
+
+    ``build_id`` and ``bias`` are those of the image that the slot is in. ``before`` is what the slot held when the
+    patch was applied, ``passes_to`` the function to which the stand-in passes on what it does not know: the same,
+    unless the dynamic linker had not bound the slot yet.
+    """
+
+    symbol: str
+    slot: int
+    build_id: str
+    bias: int
+    before: int
+    passes_to: int
+    stand_in: int
+
+
+@dataclass(frozen=True, slots=True)
 class Contents:
     """What a slot says. ``instance`` names one transaction; ``replaces`` are the instances that it put aside.
 
@@ -128,6 +146,7 @@ class Contents:
     journal: tuple[JournalEntry, ...]
     replaces: tuple[str, ...]
     lifted: tuple[str, ...] = ()
+    lookups: tuple[RecordedLookup, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,6 +296,7 @@ def _contents(value: Any) -> Contents:
         journal=tuple(_journal_entry(item) for item in _items(fields["journal"])),
         replaces=tuple(_hex(item) for item in _items(fields["replaces"])),
         lifted=tuple(_text(item) for item in _items(fields["lifted"])),
+        lookups=tuple(_lookup(item) for item in _items(fields["lookups"])),
     )
 
 
@@ -368,6 +388,19 @@ def _journal_entry(value: Any) -> JournalEntry:
         pristine=bytes.fromhex(_text(fields["pristine"])),
         before=bytes.fromhex(_text(fields["before"])),
         after=bytes.fromhex(_text(fields["after"])),
+    )
+
+
+def _lookup(value: Any) -> RecordedLookup:
+    fields = _fields(value, RecordedLookup)
+    return RecordedLookup(
+        symbol=_text(fields["symbol"]),
+        slot=_number(fields["slot"]),
+        build_id=_hex(fields["build_id"]),
+        bias=_signed(fields["bias"]),
+        before=_number(fields["before"]),
+        passes_to=_number(fields["passes_to"]),
+        stand_in=_number(fields["stand_in"]),
     )
 
 

@@ -16,6 +16,7 @@ from elfdiff.errors import Refused
 
 from .binding import PF_W, Binding, BoundSegment, relocate
 from .exclusive import exclusive
+from .lookups import kept, lookup_segments, lookup_span, reusable
 from .mapping import (
     Image,
     PlaceTaken,
@@ -27,7 +28,7 @@ from .mapping import (
 )
 from .memory import Memory
 from .placement import MARGIN, Surroundings, candidates, stack_reserve
-from .plan import Plan, Situation, journal_for_apply, plan_apply, removed_ranges
+from .plan import Plan, Situation, idle_ranges, journal_for_apply, plan_apply
 from .proc import mapping_over, mmap_min_addr, stack_limit, start_brk
 from .record import (
     FIRST_SLOT,
@@ -84,7 +85,12 @@ def _is_whole(record: Record, binding: Binding, seen: Snapshot, memory: Memory) 
             return False
     if not record.contents.segments:
         return False
-    bound = relocate(binding, record.contents.new_bias)
+    if not reusable(binding, record.contents.lookups, seen.records):
+        return False
+    bias = record.contents.new_bias
+    bound = relocate(binding, bias) + lookup_segments(binding, bias, record.contents.lookups)[0]
+    if [item.start for item in bound] != [item.start for item in record.contents.segments]:
+        return False
     constant = [item for item in bound if not item.flags & PF_W]
     held = memory.read_many([(item.start, len(item.data)) for item in constant])
     return all(item.data == data for item, data in zip(constant, held, strict=True))
@@ -106,13 +112,14 @@ def _stage_again(record: Record, binding: Binding, now: Situation, memory: Memor
         time=int(time.time()),
         journal=journal,
         replaces=replaces,
+        lookups=kept(record.contents.lookups, binding, now.everything),
     )
     data = encode_slot(contents)
     slot = free_slot(record, data)
     if slot is None:
         return None
     memory.write(record.address + slot, data)  # not in force until its state word says so
-    plan = plan_apply(record, contents, slot, now, memory.read_many, removed_ranges(binding))
+    plan = plan_apply(record, contents, slot, now, memory.read_many, idle_ranges(binding))
     mapped = record.size + sum(item.size for item in contents.segments)
     return Staged(contents, plan, mapped)
 
@@ -148,6 +155,11 @@ def _remove(caller: RemoteCaller, spans: Sequence[tuple[int, int]], descriptors:
         caller.close(descriptor)
 
 
+def span_of(binding: Binding) -> int:
+    """Return how many bytes from its lowest a bound patch takes, its stand-ins included."""
+    return binding.patch.high - binding.patch.low + lookup_span(binding)
+
+
 def bases(binding: Binding, seen: Snapshot, size: int) -> tuple[int, ...]:
     """Return where a block of ``size`` bytes may be put for this binding, best first. Raises Refused."""
     module = binding.module
@@ -161,7 +173,7 @@ def _stage_anew(
     sweep(seen, memory)
     # The size of a record depends on where the patch is, by the digits of its addresses.
     room = 2 * record_size(make_draft(binding, binding.module.low, now, memory, tool_version).contents)
-    span = binding.patch.high - binding.patch.low
+    span = span_of(binding)
     taken: PlaceTaken | None = None
     for base in bases(binding, seen, span + MARGIN + room):
         draft = make_draft(binding, base, now, memory, tool_version)
@@ -180,7 +192,7 @@ def _map_at(binding: Binding, draft: Draft, record_at: int, now: Situation, memo
     """Map a draft, from a memory file if possible; the plan is made first, since it may refuse."""
     size = record_size(draft.contents)
     own = Record(record_at, size, State.PREPARED, State.PREPARED, FIRST_SLOT, draft.contents)
-    plan = plan_apply(own, draft.contents, FIRST_SLOT, now, memory.read_many, removed_ranges(binding))
+    plan = plan_apply(own, draft.contents, FIRST_SLOT, now, memory.read_many, idle_ranges(binding))
     contents = draft.contents
     image = Image(record_at, encode_record(contents), draft.segments)
     if not _map_sealed(image, memory, on_step):
@@ -240,7 +252,8 @@ def make_draft(binding: Binding, base: int, now: Situation, memory: Memory, tool
     """
     patch = binding.patch
     bias = base - patch.low
-    segments = relocate(binding, bias)
+    extra, lookups = lookup_segments(binding, bias)
+    segments = relocate(binding, bias) + extra
     contents = Contents(
         patch=patch.id,
         instance=secrets.token_hex(8),
@@ -259,6 +272,7 @@ def make_draft(binding: Binding, base: int, now: Situation, memory: Memory, tool
         journal=journal_for_apply(binding, bias, now, memory.read_many),
         replaces=tuple(record.contents.instance for record in now.active),
         lifted=tuple(sorted({item.code for item in patch.findings if item.lifted})),
+        lookups=lookups,
     )
     return Draft(contents, segments)
 

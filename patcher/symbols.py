@@ -19,13 +19,13 @@ from elfdiff.errors import LivegraftError
 from .memory import Memory
 from .modules import PT_DYNAMIC, Module
 
-DT_NEEDED, DT_PLTRELSZ, DT_HASH, DT_STRTAB, DT_SYMTAB, DT_RELA, DT_RELASZ = 1, 2, 4, 5, 6, 7, 8
+DT_NEEDED, DT_PLTRELSZ, DT_PLTGOT, DT_HASH, DT_STRTAB, DT_SYMTAB, DT_RELA, DT_RELASZ = 1, 2, 3, 4, 5, 6, 7, 8
 DT_STRSZ, DT_SONAME, DT_SYMBOLIC, DT_DEBUG, DT_JMPREL, DT_FLAGS = 10, 14, 16, 21, 23, 30
 DT_GNU_HASH, DT_VERSYM, DT_VERDEF, DT_VERDEFNUM = 0x6FFFFEF5, 0x6FFFFFF0, 0x6FFFFFFC, 0x6FFFFFFD
 DT_VERNEED, DT_VERNEEDNUM = 0x6FFFFFFE, 0x6FFFFFFF
 DF_SYMBOLIC = 2
 _ADDRESS_TAGS = frozenset(
-    {DT_HASH, DT_STRTAB, DT_SYMTAB, DT_RELA, DT_JMPREL, DT_GNU_HASH, DT_VERSYM, DT_VERDEF, DT_VERNEED}
+    {DT_PLTGOT, DT_HASH, DT_STRTAB, DT_SYMTAB, DT_RELA, DT_JMPREL, DT_GNU_HASH, DT_VERSYM, DT_VERDEF, DT_VERNEED}
 )
 _STB_LOCAL, _STB_GNU_UNIQUE = 0, 10
 _STT_FUNC, STT_TLS, STT_GNU_IFUNC = 2, 6, 10
@@ -108,6 +108,14 @@ class DynamicSymbols:
         # A name may lie at the very end of the table, so never read beyond what it says to hold.
         data = self._memory.read(self._tags[DT_STRTAB] + offset, min(size - offset, 4096))
         return data.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+
+    def tag(self, number: int) -> int | None:
+        """The value of an entry of the dynamic section (DT_*), None where there is none; an address is absolute."""
+        return self._tags.get(number)
+
+    def mentions(self, name: str) -> bool:
+        """Whether its string table holds ``name``, so that it may define or want a symbol of that name."""
+        return DT_STRTAB in self._tags and name.encode("utf-8", "surrogateescape") + b"\0" in self._strings()
 
     def answers_to(self, name: str) -> bool:
         """Whether an entry DT_NEEDED of this name means this object."""

@@ -14,14 +14,16 @@ from elfdiff.errors import BadInput, LivegraftError, Refused
 from elfdiff.patchobject import PatchObject
 
 from .binding import Binding, bind
+from .lookups import all_in_place, require_believable_lookups
 from .memory import Memory
 from .modules import Module
 from .pause import Pause, carry_out
 from .placement import MARGIN
-from .plan import Plan, Situation, plan_apply, plan_revert, removed_ranges, situation
+from .plan import Plan, Situation, idle_ranges, plan_apply, plan_revert, situation
 from .record import FIRST_SLOT, INTERRUPTED, Contents, Record, State, record_size
-from .staging import Staged, bases, make_draft, stage, sweep, sweep_stubs
+from .staging import Staged, bases, make_draft, span_of, stage, sweep, sweep_stubs
 from .target import Snapshot, open_target, require_intact, take_snapshot
+from .unwinders import lookup_slots
 from .vetting import module_of_record, require_believable
 
 DEFAULT_TIMEOUT = 10.0
@@ -67,7 +69,7 @@ def apply(
     """
     with open_target(pid) as memory:
         seen, binding, now = _bind(pid, patch, memory)
-        if _in_force(now, patch, memory):
+        if _in_force(now, binding, memory):
             assert now.applied is not None
             return _already(seen, now.applied)
         staged, pause = _stage_and_commit(binding, now, seen, memory, timeout, on_step)
@@ -84,7 +86,7 @@ def check(pid: int, patch: PatchObject, *, timeout: float = DEFAULT_TIMEOUT) -> 
     """
     with open_target(pid) as memory:
         seen, binding, now = _bind(pid, patch, memory)
-        if _in_force(now, patch, memory):
+        if _in_force(now, binding, memory):
             assert now.applied is not None
             return _already(seen, now.applied)
         contents, plan = _rehearse(binding, now, seen, memory)
@@ -104,13 +106,17 @@ def _look(pid: int, memory: Memory) -> Snapshot:
     seen = take_snapshot(pid, memory)
     require_intact(seen)
     require_believable(seen.records, seen.modules, pid)
+    if any(record.contents.lookups for record in seen.records):
+        require_believable_lookups(seen.records, lookup_slots(seen.modules, memory), seen.modules, seen.maps)
     return seen
 
 
-def _in_force(now: Situation, patch: PatchObject, memory: Memory) -> bool:
+def _in_force(now: Situation, binding: Binding, memory: Memory) -> bool:
     """Whether the patch is applied, whole, with nothing left to finish."""
-    if now.applied is None or now.interrupted or now.applied.contents.patch != patch.id:
+    if now.applied is None or now.interrupted or now.applied.contents.patch != binding.patch.id:
         return False
+    if not all_in_place(binding, now.applied, now.everything):
+        return False  # an unwinder was loaded since
     journal = now.applied.contents.journal
     held = memory.read_many([(entry.address, len(entry.after)) for entry in journal])
     return all(entry.after == data for entry, data in zip(journal, held, strict=True))
@@ -151,11 +157,11 @@ def _rehearse(binding: Binding, now: Situation, seen: Snapshot, memory: Memory) 
     """What ``stage`` would do at the first place that it would try."""
     tool = version("livegraft")
     draft = make_draft(binding, binding.module.low, now, memory, tool)
-    span = binding.patch.high - binding.patch.low
+    span = span_of(binding)
     base = bases(binding, seen, span + MARGIN + 2 * record_size(draft.contents))[0]
     contents = make_draft(binding, base, now, memory, tool).contents
     own = Record(base + span + MARGIN, record_size(contents), State.PREPARED, State.PREPARED, FIRST_SLOT, contents)
-    plan = plan_apply(own, contents, FIRST_SLOT, now, memory.read_many, removed_ranges(binding))
+    plan = plan_apply(own, contents, FIRST_SLOT, now, memory.read_many, idle_ranges(binding))
     # There is no record yet whose state word could be compared.
     return contents, Plan((), plan.pages, (), plan.forbidden)
 
@@ -181,7 +187,7 @@ def revert(
         module = _module_of(record, seen)
         now = situation(seen.records, module)
         sweep_stubs(pid, memory)
-        plan = plan_revert(record, now, memory.read_many)
+        plan = plan_revert(record, now, memory.read_many, seen.modules)
         pause = carry_out(plan, seen, memory, timeout, on_step)
         others = tuple(item for item in now.interrupted if item.address != record.address)
         return Outcome(pid, seen.name, record.contents, State.REVERTED, False, pause, mapped_bytes(record), others)

@@ -29,6 +29,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
+from .assembly import assemble
 from .errors import TrampolineError
 from .readback import require_same
 
@@ -101,24 +102,11 @@ def stub() -> Stub:
 
     Raises TrampolineError where the assembler's bytes are not what was meant.
     """
-    code = _assemble(_source())
+    code = assemble(_source())
     require_same(code, _meaning())
     if len(code) != _CODE_SIZE:
         raise TrampolineError(f"the stub has {len(code)} bytes of code, not {_CODE_SIZE}")
     return Stub(code, _CONTEXT_OFFSET, STUB_SIZE)
-
-
-def _assemble(lines: list[str]) -> bytes:
-    import keystone  # noqa: PLC0415  # 50 ms, and only those who make a stub need it
-
-    assembler = keystone.Ks(keystone.KS_ARCH_X86, keystone.KS_MODE_64)
-    try:
-        code, count = assembler.asm("\n".join(lines), as_bytes=True)
-    except keystone.KsError as error:
-        raise TrampolineError(f"the stub does not assemble: {error}") from error
-    if count != len(lines) or code is None:
-        raise TrampolineError(f"{count} of {len(lines)} statements were assembled")
-    return bytes(code)
 
 
 def fill_context(registers: Mapping[str, int], tid: int) -> bytes:

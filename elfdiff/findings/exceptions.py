@@ -10,16 +10,13 @@ from elfdiff.patchobject import Finding, Severity
 
 
 def exceptions(draft: Draft) -> Iterator[Finding]:
-    """Code through which C++ exceptions may pass: the running program does not know the patch's unwind tables."""
-    code = draft.comparison.new
-    catching = [f for f in draft.functions if code.has_lsda[code.function_of(f.new_start)]]
-    throwing = any(name.startswith(("libstdc++", "libc++")) for name in code.image.needed)
-    if catching or throwing:
+    """Code through which C++ exceptions may pass, in a build without the table by which a patch's are found."""
+    if draft.exceptions and draft.comparison.new.image.eh_frame_hdr is None:
         yield Finding(
             "exceptions",
             Severity.REFUSE,
             "C++ exceptions may pass through the changed functions",
-            members(draft, catching or draft.functions),
-            "the patch's unwind tables are not registered with the running program, so such an exception ends it",
-            "if no exception passes through these functions, --allow exceptions",
+            members(draft, draft.functions),
+            "the new build has no .eh_frame_hdr, by which the running program could find their handlers",
+            "link with --eh-frame-hdr; if no exception passes through these functions, --allow exceptions",
         )

@@ -212,13 +212,16 @@ def test_another_library_is_left_to_the_process(compiled: Compiler) -> None:
     assert verdict.made.needed == ("libm.so.6",)
 
 
-def test_code_that_throws_or_catches_is_refused(compiled: Compiler) -> None:
+@pytest.mark.parametrize("table", [True, False])
+def test_code_that_throws_or_catches_needs_the_search_table(table: bool, compiled: Compiler) -> None:
     pair = program(
         "#include <stdexcept>\nSEPARATE int throws(int x) { if (x > 3) throw std::runtime_error(\"big\"); return x; }\n"
         "SEPARATE int edited(int x) { try { return throws(x) * 2; } catch (std::exception &e) { return STEP; } }\n",
         "edited(n)", STEP=("1", "3"),
     )  # fmt: skip
-    assert judge(compiled, pair, "-x", "c++", "-std=gnu++17", "-fpermissive", cc="g++").refused
+    flag = "-Wl,--eh-frame-hdr" if table else "-Wl,--no-eh-frame-hdr"
+    verdict = judge(compiled, pair, "-x", "c++", "-std=gnu++17", "-fpermissive", flag, cc="g++")
+    assert verdict.refused == (set() if table else {"exceptions"})
 
 
 @pytest.mark.xfail(
