@@ -53,8 +53,9 @@ REASONS = program(
 
 REFUSED = program(
     "struct s { int a; WORD int b, c; };\n"
-    "SEPARATE int one(struct s *s) { return s->b + s->c; }\n"
-    "SEPARATE int two(struct s *s) { return s->c * 3 - s->b; }\n",
+    "SEPARATE int one(struct s *s) { int x = rand(); return (s->c * 3 ^ x) + (x < 9 ? 5 : rand()) - 4; }\n"
+    "SEPARATE int two(struct s *s) { int x = rand(); puts(\"two\"); if (x < 9) x += 5 - rand();"
+    " return (s->c * 3 ^ x) + s->b - 4; }\n",
     "one((struct s *)v) + two((struct s *)v)", WORD=("", "long more;"),
 )  # fmt: skip
 LINES = program("SEPARATE int edited(int x) { assert(x); return x + ADD; }\nMORE\n"

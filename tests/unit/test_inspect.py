@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from elfdiff.diff import Options, diff
+from elfdiff.evidence import Evidence, EvidenceKind, Reference, pack, unpack
 from elfdiff.explain import Explanation, explain
 from elfdiff.patchfile import read_patch, write_patch
 from patcher.cli import main
@@ -319,6 +320,24 @@ def test_names_and_strings_of_a_binary_do_nothing(hostile: Explanation) -> None:
     assert any("red\\x1b[31m" in line for line in lines)
 
 
+def test_labels_of_a_patch_object_do_nothing(fix: Path) -> None:
+    """A right checksum is no signature: whoever makes a patch object chooses what it says."""
+    patch = read_patch(fix)
+    evidence = [
+        replace(f, evidence=(Evidence(EvidenceKind.NEW, ESCAPE + SCRIPT),), new=tuple(_renamed(r) for r in f.new))
+        for f in unpack(patch.evidence)
+    ]
+    found = explain(replace(patch, evidence=pack(tuple(evidence)), tool_version=ESCAPE))
+    style = Style(120, colour=False)
+    assert all(line.isprintable() for line in (*overview(found, style), *listings(found.functions, 3, style)))
+    shown = parsed(page(found, 3, ""))
+    assert shown.tags.count("script") == 1 and any(SCRIPT in text for text in shown.texts)
+
+
+def _renamed(reference: Reference) -> Reference:
+    return replace(reference, label=ESCAPE + SCRIPT)
+
+
 def test_the_script_and_the_style_are_the_only_ones_that_the_page_lets_run(hostile: Explanation) -> None:
     text = page(hostile, 3, "")
     policy = re.search(r'Content-Security-Policy" content="([^"]+)"', text)
@@ -370,8 +389,6 @@ def test_options_that_do_not_fit(fix: Path, inspect: Inspect) -> None:
 
 
 def test_a_patch_without_the_old_code(fix: Path, inspect: Inspect, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     bare = tmp_path / "bare"
     write_patch(replace(read_patch(fix), evidence=b"", old_code=b""), bare)
     fails(inspect(bare, "--diff"), "does not hold the old code")
