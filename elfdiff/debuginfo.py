@@ -175,6 +175,14 @@ class DebugInfo:
             if _unit_type(cu) in ("DW_UT_type", 2)
         }
 
+    def mentions(self, name: str) -> bool:
+        """Whether a name occurs in the debug information at all; linkers let names share their endings."""
+        wanted = name.encode("utf-8", "surrogateescape") + b"\0"
+        with reading(self.path):
+            infos = [info for info in (self.dwarf, self.dwarf.supplementary_dwarfinfo) if info is not None]
+            sections = [section for info in infos for section in (info.debug_str_sec, info.debug_info_sec)]
+            return any(wanted in section.stream.getvalue() for section in sections if section is not None)
+
     @cached_property
     def type_units(self) -> Contents:
         """What type units define (DWARF 5, section 3.1.4): gcc's other units refer to these without naming them."""
@@ -265,6 +273,8 @@ class DebugInfo:
             for child in entry.iter_children():
                 if child.tag in AGGREGATES or child.tag == "DW_TAG_typedef":
                     self._collect_type(child, f"{scope}()::", local, plus_plus)
+                elif child.tag == "DW_TAG_variable" and _is_static(child):
+                    local.variables[f"{scope}()::{text_of(self.origin(child), 'DW_AT_name')}"] = child
                 elif child.tag != "DW_TAG_call_site" and (
                     child.has_children or "DW_AT_abstract_origin" in child.attributes
                 ):
@@ -350,6 +360,12 @@ class DebugInfo:
 
 def _by_address(row: tuple[int, str | None]) -> tuple[int, bool]:
     return row[0], row[1] is not None
+
+
+def _is_static(die: DIE) -> bool:
+    """Its location is an address (DW_OP_addr, DW_OP_addrx), not a place in a frame (DWARF 5, section 2.5.1.1)."""
+    location = die.attributes.get("DW_AT_location")
+    return location is not None and isinstance(location.value, list) and location.value[:1] in ([0x03], [0xA1])
 
 
 def _unit_type(cu: CompileUnit) -> object:

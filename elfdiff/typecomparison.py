@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from elfdiff.comparison import Comparison
 from elfdiff.debuginfo import UNNAMED, Contents, DebugInfo, Function, TypeKey, Unit, reading
 from elfdiff.dwarftypes import Layout, Member, TypeReader
+
+if TYPE_CHECKING:
+    from elftools.dwarf.die import DIE
 
 
 @dataclass(frozen=True)
@@ -127,8 +131,9 @@ class _Comparer:
     def _differing(self, contents: Contents, others: list[Contents], unit: str) -> Iterator[tuple[TypeKey, TypeChange]]:
         for key, dies in contents.types.items():
             defined = next((other.types[key] for other in others if key in other.types), None)
+            defined = defined or self._elsewhere(key)
             if defined is None:
-                continue  # no code of the old build that concerns us has it
+                continue
             known = [self.old_types.layout(die, key[1]) for die in defined]
             layouts = [self.new_types.layout(die, key[1]) for die in dies]
             if key[1].endswith(UNNAMED):
@@ -139,6 +144,15 @@ class _Comparer:
                     users = self._users(key[1], unit)
                     fewest = sorted(differences, key=_length)[0]
                     yield key, TypeChange(key[0], key[1], tuple(fewest), users, unit)
+
+    def _elsewhere(self, key: TypeKey) -> list[DIE] | None:
+        """The type in a unit of the old build whose code did not change; None where the type is new.
+
+        Such a unit may hold objects of it, in variables say, that new code of another unit reaches now.
+        """
+        if "()::" in key[1] or not self.old.mentions(key[1].rpartition("::")[2]):
+            return None
+        return next((unit.contents.types[key] for unit in self.old.units if key in unit.contents.types), None)
 
     def _variables(self, contents: Contents, others: list[Contents], unit: str) -> Iterator[tuple[str, TypeChange]]:
         for name, die in contents.variables.items():

@@ -108,3 +108,109 @@ def test_the_signature_speaks_where_one_build_has_no_types(compiled: Compiler) -
     with pytest.raises(Refused) as caught:
         diff(bare, described_one, Options())
     assert [finding.code for finding in caught.value.findings] == ["struct-layout"]
+
+
+# -- who uses a type --------------------------------------------------------------------------------------------
+
+
+def test_a_structure_on_the_stack_of_changed_functions_alone_is_refused_too(compiled: Compiler) -> None:
+    """Nothing in the files proves that no pointer to one was kept; who knows it can say so."""
+    pair = program(
+        "struct s { int a; MORE int b; };\n"
+        "SEPARATE int fills(struct s *p, int x) { puts(\"f\"); p->a = x; p->b = x * 3; return x; }\n"
+        "SEPARATE int edited(int x) { struct s local; fills(&local, x); return local.a + local.b; }\n",
+        "edited(n)", MORE=("", "int n;"),
+    )  # fmt: skip
+    assert "struct-layout" in described(compiled, pair).refused
+    allowed = described(compiled, pair, allow=("struct-layout",)).check()
+    assert [(f.code, f.lifted) for f in allowed.findings] == [("struct-layout", True)]
+
+
+APART = program(
+    "int other(int);\nSEPARATE int edited(int x) { puts(\"e\"); return x * STEP; }\n", "edited(n) + other(n)",
+    {"other.c": "struct s { int a; MORE };\nSEPARATE int other(int x) { struct s *p = malloc(64); p->a = x;\n"
+                "puts(\"o\"); return p->a; }\n"},
+    STEP=("3", "5"), MORE=("", "int n;"),
+)  # fmt: skip
+
+
+def test_a_structure_that_only_unchanged_code_of_another_unit_knows_is_no_hazard(compiled: Compiler) -> None:
+    """Code of equal bytes reaches what it reaches where it was: the new member concerns nobody yet."""
+    assert described(compiled, APART).check().findings == ()
+
+
+def test_a_structure_that_a_unit_gets_to_know_is_compared_with_what_other_units_knew(compiled: Compiler) -> None:
+    """The variable lies in code that did not change, and is shorter than the new code takes it for."""
+    old, new = "struct s { long a; };\n", "struct s { long a, n; };\n"
+    pair = program(
+        "struct s;\nextern struct s *get(void);\nKNOWN"
+        "SEPARATE int edited(int x) { puts(\"e\"); struct s *p = get(); return p != 0 USE; }\n", "edited(n)",
+        {"other.c": "KNOWS" + "static struct s the;\nSEPARATE struct s *get(void) { the.a++; return &the; }\n"},
+        KNOWN=("", new), KNOWS=(old, new), USE=("", "+ p->n"),
+    )  # fmt: skip
+    found = layouts(described(compiled, pair))
+    assert len(found) == 1 and "struct s has another layout: size 8 -> 16" in found[0].what
+
+
+def test_a_structure_that_is_new_is_no_hazard(compiled: Compiler) -> None:
+    pair = program(
+        "NEW\nSEPARATE int edited(int x) { EDIT; puts(\"e\"); return x; }\n", "edited(n)",
+        NEW=("", "struct fresh { int a, b; };"), EDIT=("", "struct fresh f = {x, 4}; x += printf(\"%p\", &f)"),
+    )  # fmt: skip
+    assert layouts(described(compiled, pair).check()) == []
+
+
+def test_a_static_variable_of_a_function_has_a_type_too(compiled: Compiler) -> None:
+    pair = program(
+        "SEPARATE int edited(int x) { static TYPE kept; puts(\"e\"); kept += x; return kept * 3; }\n", "edited(n)",
+        TYPE=("int", "float"),
+    )  # fmt: skip
+    verdict = described(compiled, pair)
+    assert "variable-type" in verdict.refused
+    assert any("edited()::kept" in finding.what for finding in verdict.findings)
+
+
+@pytest.mark.parametrize("flags", [("-flto",), ("-flto", "-O3")])
+def test_types_of_inlined_code_of_other_units_are_found(flags: tuple[str, ...], compiled: Compiler) -> None:
+    pair = program(
+        "struct s;\nint reads(struct s *p);\nstruct s *makes(int x);\n"
+        "SEPARATE int edited(int x) { puts(\"e\"); return reads(makes(x)) + 1; }\n", "edited(n)",
+        {"other.c": "struct s { int a; MORE int b; };\nint reads(struct s *p) { return p->b * 3; }\n"
+                    "SEPARATE struct s *makes(int x) { puts(\"m\"); return calloc(x, 64); }\n"},
+        MORE=("", "int n;"),
+    )  # fmt: skip
+    verdict = described(compiled, pair, *flags)
+    found = layouts(verdict)
+    assert len(found) == 1 and "b at 4 -> 8" in found[0].what
+
+
+# -- C++ --------------------------------------------------------------------------------------------------------
+
+CLASSES = (
+    "namespace room { struct Base { int first; BASE virtual int say(int x); VIRTUAL virtual ~Base() {} };\n"
+    "class Derived : public Base { public: struct Inner { short s; INNER int i; }; Inner inner; int last;"
+    " int say(int x) override; }; }\n"
+    "int room::Base::say(int x) { return x; }\nint room::Derived::say(int x) { puts(\"s\"); return x + last; }\n"
+    "SEPARATE int edited(room::Derived *p, int x) { puts(\"e\"); return p->say(x) + p->inner.i * STEP; }\n"
+)  # fmt: skip
+CXX = ("-x", "c++", "-std=gnu++17", "-fpermissive")
+MEMBERS = {
+    "nothing": ({}, set()),
+    "in a nested class": ({"INNER": ("", "short t, u, v;")}, {"room::Derived::Inner", "room::Derived"}),
+    "in a base class": ({"BASE": ("", "long grown;")}, {"room::Base", "room::Derived"}),
+    "a virtual function": ({"VIRTUAL": ("", "virtual int more(int x) { return x; }")}, {"room::Base"}),
+}
+
+
+@pytest.mark.parametrize("what", MEMBERS)
+@pytest.mark.parametrize("cc", ["g++", "clang++"])
+def test_classes(what: str, cc: str, compiled: Compiler) -> None:
+    words, names = MEMBERS[what]
+    filled = {"BASE": ("", ""), "VIRTUAL": ("", ""), "INNER": ("", ""), "STEP": ("3", "5"), **words}
+    pair = program(CLASSES, "(int)(n > 90 ? edited(new room::Derived, n) : 0)", None, **filled)
+    verdict = judge(
+        compiled, pair, "-g", *CXX, cc=cc, stripped=False, allow=("exceptions", "allocation-size", "calling-convention")
+    )
+    said = {finding.what.split(" has another")[0] for finding in layouts(verdict) if "has another" in finding.what}
+    assert {f"struct {name}" for name in names} <= said
+    assert names or not said
