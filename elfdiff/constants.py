@@ -37,6 +37,9 @@ ROW_SIZES = (2, 4, 8, 16, 32, 64)
 OBJECT_ALIGNMENT = 32
 """gcc aligns static objects of 32 bytes and more to this on x86-64; clang to 16."""
 
+MAX_ENDS = 3
+"""Places behind a segment at which an array that it is a part of may end."""
+
 Pair = tuple[int, int]
 """(old address, new address)."""
 
@@ -158,22 +161,26 @@ class _Side:
         first, last = np.searchsorted(references.target, [address, address + 1], sorter=order)
         return frozenset(references.function[order[first:last]].tolist())
 
-    def may_be_array(self, start: int, element: int, end: int) -> bool:
-        """Whether [start, end) may be one array of which an element begins at ``element``.
+    def may_be_array(self, start: int, element: int, ends: list[int]) -> bool:
+        """Whether one array may begin at ``start``, have ``element`` inside and end in front of one of ``ends``.
 
-        For some size of elements, no place in them is a pointer in one element and a number in another.
+        It may if for some size of its elements no place in them is a pointer in one and a number in another.
         """
         distance = element - start
         if distance % 8:
             return True
-        words = np.arange(start, end - 7, 8, dtype=np.int64)
-        pointer = np.isin(words, self.slots)
-        raw = np.frombuffer(self.content(start, 8 * len(words)), np.int64)
-        number = ~pointer & (raw != 0)
-        for size in range(8, distance + 1, 8):
-            if distance % size == 0 or 2 * size <= distance:
-                place = np.arange(len(words)) % (size // 8)
-                if not len(np.intersect1d(place[pointer], place[number])):
+        for end in ends:
+            words = np.arange(start, end - 7, 8, dtype=np.int64)
+            pointer = np.isin(words, self.slots)
+            number = ~pointer & (np.frombuffer(self.content(start, 8 * len(words)), np.int64) != 0)
+            filled = int(np.flatnonzero(pointer | number)[-1]) + 1 if (pointer | number).any() else 0
+            for size in range(1, distance // 8 + 1):
+                whole = len(words) - len(words) % size
+                fits = whole >= filled and 8 * (len(words) - whole) < OBJECT_ALIGNMENT
+                if not (fits or distance // 8 % size == 0):
+                    continue
+                place = np.arange(len(words)) % size
+                if not np.isin(place[pointer], place[number]).any():
                     return True
         return False
 
@@ -360,34 +367,50 @@ class _Comparer:
                 blamed |= parents
                 todo.extend(parents)
             previous = before.get(pair) if self.old.image.kind_at(pair[0]) in CONSTANTS else None
-            if previous is not None and self._reads_on(self.segments[previous], self.segments[pair]):
-                if self.segments[previous].barrier is not Barrier.LOADED:
-                    blamed.add(previous)
-                todo.append(previous)
+            if previous is None or not self._reads_on(self.segments[previous], self.segments[pair]):
+                continue
+            if self.old.image.kind_at(pair[0]) is Kind.RELRO and self._separate(pair, before):
+                continue
+            if self.segments[previous].barrier is not Barrier.LOADED:
+                blamed.add(previous)
+            todo.append(previous)
         return blamed
 
     def _reads_on(self, first: Segment, second: Segment) -> bool:
         """Whether ``second`` may belong to an object that begins at ``first`` or before it."""
-        if first.barrier is not Barrier.TEXT:
-            return first.barrier is not Barrier.TABLE and not self._separate(first, second)
+        literal = first.barrier is Barrier.TEXT and self.old.image.kind_at(first.old) is Kind.CONSTANT
+        if not literal:  # strings lie in .rodata: elsewhere text is a part of something
+            return first.barrier is not Barrier.TABLE
         # Rows of a two-dimensional array of characters: equally long, and not packed like string literals are.
         packed = first.size == first.reach and first.reach not in ROW_SIZES
         rows = second.barrier is Barrier.OPEN and second.size % first.reach == 0
         return (rows or first.reach == second.reach) and first.reach <= MAX_ROW and not packed
 
-
-    def _separate(self, first: Segment, second: Segment) -> bool:
-        """Whether ``second`` cannot be a part of the object at ``first``, for what the pointers in both show.
+    def _separate(self, pair: Pair, before: dict[Pair, Pair]) -> bool:
+        """Whether a segment begins an object of its own, for what the pointers in it and before it show.
 
         Compilers align objects of this size; what is aligned and lies inside another object is an element of an
-        array, whose elements have their pointers at the same places, or a member of a structure, which its users
-        name together with the structure.
+        array, or a member of one, and an array has its pointers at the same places in every element; or it is a
+        member of a structure, which its users name together with the structure.
         """
-        if second.old % OBJECT_ALIGNMENT or second.new % OBJECT_ALIGNMENT:
+        if not self._like_an_object(pair):
             return False
-        if self.old.users(first.old) & self.old.users(second.old):
+        users, start = self.old.users(pair[0]), before.get(pair)
+        while start is not None and not self._like_an_object(start):
+            if users & self.old.users(start[0]):
+                return False
+            start = before.get(start)
+        if start is None or users & self.old.users(start[0]):
             return False
-        return not self.old.may_be_array(first.old, second.old, second.old + second.size)
+        ends = [pair[0] + self.segments[pair].size]
+        while len(ends) < MAX_ENDS and (further := self.old.next_named(ends[-1])) > ends[-1]:
+            ends.append(further)
+        return not self.old.may_be_array(start[0], pair[0], ends)
+
+    def _like_an_object(self, pair: Pair) -> bool:
+        """Aligned like one in both builds, and somebody takes its address: what is only loaded is a part."""
+        aligned = pair[0] % OBJECT_ALIGNMENT == 0 == pair[1] % OBJECT_ALIGNMENT
+        return aligned and pair[0] in self.old.address_taken and pair[1] in self.new.address_taken
 
 
 def _first_common(first: list[int], a: int, second: list[int], b: int, size: int) -> int:
