@@ -25,6 +25,8 @@ from tests.truth import Instruction, read_instruction
 SHF_WRITE, SHF_ALLOC, SHF_EXECINSTR, SHF_MERGE, SHF_STRINGS = 1, 2, 4, 16, 32
 COUNTS_FROM_FIELD = {2, 4, 9, 19, 20, 22, 26, 41, 42}
 """Relocation types whose value is relative to the field (psABI 1.0, table 4.9): PC32, PLT32, GOTPCREL and kin."""
+DIRECT = {1, 2, 4, 10, 11, 24}
+"""Relocation types for the address itself: 64, PC32, PLT32, 32, 32S, PC64. Which of them says only how it is named."""
 NUMBER = re.compile(r"(?<![\w%])-?(?:0x[0-9a-f]+|\d+)(?![\w])")
 
 MAX_SPAN = 8
@@ -33,15 +35,36 @@ MAX_SPAN = 8
 Content = tuple[object, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Nameless:
+    """A constant without a name, up to whatever is named next: how long it is, nothing tells (a switch table).
+
+    So two are compared as far as both go; one that grows has a function that goes farther, and differs itself.
+    """
+
+    data: bytes
+    leads: tuple[tuple[int, Content], ...]
+
+    def __eq__(self, other: object) -> bool:
+        """Whether they agree as far as both go."""
+        if not isinstance(other, Nameless):
+            return NotImplemented
+        size = min(len(self.data), len(other.data))
+        mine, theirs = ([lead for lead in one.leads if lead[0] < size] for one in (self, other))
+        return self.data[:size] == other.data[:size] and mine == theirs
+
+    __hash__ = None  # type: ignore[assignment]  # what is equal depends on the other
+
+
 @dataclass(frozen=True)
 class Code:
-    """One function of an object file. ``references``: offset of the field -> what it leads to."""
+    """One function of an object file. ``references``: offset of the instruction, and which of it -> what it names."""
 
     name: str
     start: int
     section: int
     instructions: tuple[tuple[int, str], ...]  # offset, text without what a reference fills in
-    references: Mapping[int, Content]
+    references: Mapping[tuple[int, int], Content]
     lines: frozenset[int]  # of the sources it was made of
 
 
@@ -99,7 +122,7 @@ def _difference(old: Code, new: Code) -> str:
             return f"+{one[0]:#x} {one[1]} -> +{other[0]:#x} {other[1]}"
     for offset in sorted(old.references.keys() | new.references.keys()):
         if old.references.get(offset) != new.references.get(offset):
-            return f"+{offset:#x} {old.references.get(offset)} -> {new.references.get(offset)}"
+            return f"+{offset[0]:#x} {old.references.get(offset)} -> {new.references.get(offset)}"
     return ""
 
 
@@ -186,15 +209,17 @@ class ObjectFile:
 
     def _function(self, ident: str, section: int, start: int, size: int) -> Code:
         fields = self.relocations.get(section, {})
-        instructions, references = [], {}
+        instructions: list[tuple[int, str]] = []
+        references: dict[tuple[int, int], Content] = {}
         for raw in self._disassembler.disasm(self.data[section][start : start + size], start):
             instruction = read_instruction(raw)
-            instructions.append((instruction.address - start, instruction.text))
+            at = instruction.address - start
             inside = [k for k in range(instruction.address, instruction.address + instruction.size) if k in fields]
-            for field in inside:
-                references[field - start] = self._led_to(fields[field], instruction.address + instruction.size)
+            instructions.append((at, instruction.text))
+            for index, field in enumerate(inside):
+                references[at, index] = self._led_to(fields[field], instruction.address + instruction.size)
             if not inside and instruction.target is not None:
-                references[instruction.address - start] = self._resolved(section, start, size, instruction)
+                references[at, 0] = self._resolved(section, start, size, instruction)
         lines = frozenset(line for address, line in self._lines if start <= address < start + size)
         return Code(ident, start, section, tuple(instructions), references, lines)
 
@@ -211,9 +236,10 @@ class ObjectFile:
         addend = entry["r_addend"]
         if entry["r_info_type"] in COUNTS_FROM_FIELD:
             addend += end - entry["r_offset"]
+        how = () if entry["r_info_type"] in DIRECT else (entry["r_info_type"],)
         if not isinstance(symbol["st_shndx"], int):  # undefined, common or absolute
-            return (entry["r_info_type"], symbol.name, addend)
-        return (entry["r_info_type"], *self._place(symbol["st_shndx"], symbol["st_value"] + addend, seen))
+            return (*how, symbol.name, addend)
+        return (*how, *self._place(symbol["st_shndx"], symbol["st_value"] + addend, seen))
 
     def _place(self, section: int, offset: int, seen: frozenset[tuple[int, int]]) -> Content:
         """What stands there: a name and a distance; with its content where that cannot change when it runs."""
@@ -245,7 +271,8 @@ class ObjectFile:
             return ("constant", data[offset : offset + width])
         marks = self._marks.get(section, [])
         index = bisect_right(marks, offset)
-        return ("constant", self._bytes(section, offset, marks[index] if index < len(marks) else len(data), seen))
+        raw, *leads = self._bytes(section, offset, marks[index] if index < len(marks) else len(data), seen)
+        return ("constant", Nameless(raw, tuple(leads)))
 
     @cached_property
     def _marks(self) -> dict[int, list[int]]:
@@ -262,7 +289,7 @@ class ObjectFile:
                     found.setdefault(symbol["st_shndx"], set()).add(place)
         return {section: sorted(marks) for section, marks in found.items()}
 
-    def _bytes(self, section: int, start: int, end: int, seen: frozenset[tuple[int, int]]) -> Content:
+    def _bytes(self, section: int, start: int, end: int, seen: frozenset[tuple[int, int]]) -> tuple[Any, ...]:
         """Bytes and, in place of the fields that a relocation fills, what they lead to."""
         data, fields = bytearray(self.data[section][start:end]), self.relocations.get(section, {})
         leads: list[object] = []
