@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from elfdiff.code import Code
 from elfdiff.image import Addresses, Image, Kind
 from elfdiff.matching import Matching
-from elfdiff.pairing import paired
+from elfdiff.pairing import distinct, paired
 
 DATA_KINDS = (Kind.CONSTANT, Kind.RELRO, Kind.DATA, Kind.BSS, Kind.GOT, Kind.NONE, Kind.OTHER)
 WRITABLE = (Kind.DATA, Kind.BSS)
@@ -131,7 +131,8 @@ def learn(old: Code, new: Code, matching: Matching, alike: NDArray[np.int64]) ->
 
 def _order(old: Code, new: Code, old_of: dict[int, tuple[int, Evidence]]) -> Order:
     kinds = new.image.kinds(np.array(list(old_of), np.int64))
-    variables = {n: o for (n, (o, _)), kind in zip(old_of.items(), kinds, strict=True) if kind in WRITABLE}
+    writable = np.isin(kinds, WRITABLE).tolist()
+    variables = {n: o for (n, (o, _)), mine in zip(old_of.items(), writable, strict=True) if mine}
     return Order(old.image, new.image, variables)
 
 
@@ -145,7 +146,7 @@ def _voters(new: Code, pins: Pins, data: NDArray[np.bool_]) -> _Voters:
     kinds = new.image.kinds(pins.new[data])
     constant = frozenset(np.unique(pins.new[data][~np.isin(kinds, WRITABLE)]).tolist())
     functions = new.references.function[pins.right[data]]
-    pairs = np.unique(np.stack([pins.new[data], functions], axis=1), axis=0)
+    pairs, _, _ = distinct(pins.new[data], functions.astype(np.int64))
     addresses, counts = np.unique(pairs[:, 0], return_counts=True)
     return _Voters(constant, frozenset(addresses[counts == 1].tolist()))
 
@@ -179,7 +180,7 @@ def _tally(first: Addresses, second: Addresses) -> tuple[dict[int, Counter[int]]
     """Votes new -> old and old -> new."""
     forward: dict[int, Counter[int]] = {}
     backward: dict[int, Counter[int]] = {}
-    pairs, counts = np.unique(np.stack([first, second], axis=1), axis=0, return_counts=True)
+    pairs, _, counts = distinct(first, second)
     for (o, n), count in zip(pairs.tolist(), counts.tolist(), strict=True):
         forward.setdefault(n, Counter())[o] += count
         backward.setdefault(o, Counter())[n] += count

@@ -21,6 +21,7 @@ from elfdiff.jumptables_x86_64 import JumpTable, find_jump_tables
 from elfdiff.lines import line_only
 from elfdiff.linkage_x86_64 import slot_name
 from elfdiff.matching import Matching, match
+from elfdiff.pairing import distinct
 from elfdiff.patchobject import Reason
 
 DATA = (Kind.RELRO, Kind.DATA, Kind.BSS)
@@ -109,15 +110,15 @@ class _Judge:
     def demoted(self) -> dict[int, Reason]:
         """New functions of equal bytes that are changed all the same."""
         pins = self.addresses.pins
-        pairs, inverse = np.unique(np.stack([pins.old, pins.new], axis=1), axis=0, return_inverse=True)
+        pairs, inverse, _ = distinct(pins.old, pins.new)
         verdicts = [self.verdict(o, n) for o, n in pairs.tolist()]
-        differs = np.array([v is not None for v in verdicts], np.bool_)[inverse.ravel()]
+        differs = np.array([v is not None for v in verdicts], np.bool_)[inverse]
         found: dict[int, Reason] = {}
         data = np.isin(self.new.image.kinds(pins.new), NAMED_BY_STARTUP)
         unwound = self.old.has_unwind[self.old.references.function[pins.left]]
         differs &= unwound | ~(data | self._may_be_data())
         for index in np.nonzero(differs)[0].tolist():
-            reason = verdicts[int(inverse.ravel()[index])]
+            reason = verdicts[int(inverse[index])]
             assert reason is not None
             function = int(self.new.references.function[pins.right[index]])
             found.setdefault(function, reason)

@@ -22,6 +22,7 @@ from elfdiff.code import LEA, Code, FieldKind
 from elfdiff.image import Addresses, Kind
 from elfdiff.jumptables_x86_64 import JumpTable
 from elfdiff.matching import Matching
+from elfdiff.pairing import distinct
 
 CONSTANTS = (Kind.CONSTANT, Kind.RELRO)
 COMPARED = (Kind.CONSTANT, Kind.RELRO, Kind.DATA, Kind.BSS)
@@ -205,7 +206,7 @@ class _Comparer:
         tables: tuple[dict[int, JumpTable], dict[int, JumpTable]],
     ) -> None:
         self.matching, self.addresses = matching, addresses
-        pairs = np.unique(np.stack([addresses.pins.old, addresses.pins.new], axis=1), axis=0)
+        pairs, _, _ = distinct(addresses.pins.old, addresses.pins.new)
         wanted = np.isin(old.image.kinds(pairs[:, 0]), COMPARED)
         wanted &= np.isin(new.image.kinds(pairs[:, 1]), COMPARED)
         zeros = (old.image.kinds(pairs[:, 0]) == Kind.BSS) & (new.image.kinds(pairs[:, 1]) == Kind.BSS)

@@ -24,10 +24,10 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from elfdiff.arguments_x86_64 import ARGUMENTS
-from elfdiff.code import LEA, Code, FieldKind
+from elfdiff.code import Code
 from elfdiff.image import Kind
-from elfdiff.pairing import Alignments, paired
+from elfdiff.pairing import Alignments, distinct, paired
+from elfdiff.signatures import Similarities, signatures
 
 MIN_SIMILARITY = 0.5
 """Share of equal pairs of neighbouring opcodes below which two functions of a gap are not the same function."""
@@ -35,7 +35,6 @@ MAX_GAP = 200
 """Functions of a gap that are compared each with each."""
 MAX_SLOTS = 4096
 """Bytes of a pointer table whose slots vote."""
-MIN_STRING = 2
 
 
 class How(IntEnum):
@@ -78,8 +77,12 @@ class _Matcher:
     def __init__(self, old: Code, new: Code) -> None:
         self.old, self.new = old, new
         self.alignments = Alignments(old, new)
-        self.plain_old, self.strict_old, self.loose_old = _signatures(old)
-        self.plain_new, self.strict_new, self.loose_new = _signatures(new)
+        self.similarities = Similarities(old, new)
+        first, second = signatures(old, new)
+        self.plain_old, self.strict_old, self.loose_old = first.plain, first.strict, first.loose
+        self.plain_new, self.strict_new, self.loose_new = second.plain, second.strict, second.loose
+        self._plain = np.array(first.plain, np.int64), np.array([*second.plain, 0], np.int64)  # [-1]: unmatched
+        self._counted_with = np.full(len(old), -1, np.int64)
         self.new_of = np.full(len(old), -1, np.int64)
         self.old_of = np.full(len(new), -1, np.int64)
         self.how = np.zeros(len(old), np.uint8)
@@ -102,10 +105,13 @@ class _Matcher:
         self._correct()
         self._replaced()
         self._keep_exports()
-        same = np.zeros(len(self.old), np.bool_)
-        for i in np.nonzero(self.new_of >= 0)[0].tolist():
-            same[i] = self.plain_old[i] == self.plain_new[int(self.new_of[i])]
-        return Matching(self.new_of, self.old_of, self.how, same, frozenset(self._contradicted()), self.alignments)
+        contradicted = frozenset(self._contradicted())
+        return Matching(self.new_of, self.old_of, self.how, self._same(), contradicted, self.alignments)
+
+    def _same(self) -> NDArray[np.bool_]:
+        """Which old functions are matched with one of the same masked bytes."""
+        same: NDArray[np.bool_] = (self.new_of >= 0) & (self._plain[0] == self._plain[1][self.new_of])
+        return same
 
     def _link(self, i: int, j: int, how: How) -> None:
         self.new_of[i], self.old_of[j], self.how[i] = j, i, how
@@ -116,8 +122,8 @@ class _Matcher:
             self.new_of[i], self.old_of[j], self.how[i] = -1, -1, 0
 
     def _unique(self, first: list[int], second: list[int], how: How = How.UNIQUE) -> None:
-        mine = [i for i in range(len(first)) if self.new_of[i] < 0]
-        theirs = [j for j in range(len(second)) if self.old_of[j] < 0]
+        mine: list[int] = np.nonzero(self.new_of < 0)[0].tolist()
+        theirs: list[int] = np.nonzero(self.old_of < 0)[0].tolist()
         once_old = Counter(first[i] for i in mine)
         once_new = Counter(second[j] for j in theirs)
         place = {second[j]: j for j in theirs if once_new[second[j]] == 1}
@@ -129,13 +135,15 @@ class _Matcher:
         """Unmatched functions between neighbours that are matched in the same order, old and new."""
         matched = np.nonzero(self.new_of >= 0)[0]
         kept = _increasing(self.new_of[matched].tolist())
-        anchors = [(int(matched[k]), int(self.new_of[matched[k]])) for k in kept]
+        new_of, old_of = self.new_of.tolist(), self.old_of.tolist()
+        anchors = [(i, new_of[i]) for i in matched[kept].tolist()]
         edges = [(-1, -1), *anchors, (len(self.old), len(self.new))]
         for (a, b), (c, d) in pairwise(edges):
-            first = [i for i in range(a + 1, c) if self.new_of[i] < 0]
-            second = [j for j in range(b + 1, d) if self.old_of[j] < 0]
-            if first and second:
-                yield first, second
+            if c - a > 1 and d - b > 1:
+                first = [i for i in range(a + 1, c) if new_of[i] < 0]
+                second = [j for j in range(b + 1, d) if old_of[j] < 0]
+                if first and second:
+                    yield first, second
 
     def _in_order(self, first: list[int], second: list[int], how: How = How.ORDER) -> None:
         for mine, theirs in list(self._gaps()):
@@ -167,14 +175,15 @@ class _Matcher:
         if not free:
             return
         count, j = max(free)
-        if 2 * count > votes.total() and _similarity(self.old, self.new, i, j) > MIN_SIMILARITY / 2:
+        if 2 * count > votes.total() and self.similarities.of(i, j) > MIN_SIMILARITY / 2:
             self._link(i, j, How.REFERENCE)
 
     def _collect_votes(self) -> None:
         fresh_same: list[tuple[int, int]] = []
         fresh_changed: list[tuple[int, int]] = []
-        for i in np.nonzero(self.new_of >= 0)[0].tolist():
-            j = int(self.new_of[i])
+        fresh = np.nonzero((self.new_of >= 0) & (self.new_of != self._counted_with))[0]
+        self._counted_with[fresh] = self.new_of[fresh]
+        for i, j in zip(fresh.tolist(), self.new_of[fresh].tolist(), strict=True):
             if (i, j) in self.counted:
                 continue
             self.counted.add((i, j))
@@ -192,7 +201,7 @@ class _Matcher:
         i = _exact(self.old, a)
         j = _exact(self.new, b)
         both = (i >= 0) & (j >= 0)
-        pairs, counts = np.unique(np.stack([i[both], j[both]], axis=1), axis=0, return_counts=True)
+        pairs, _, counts = distinct(i[both], j[both])
         for (x, y), count in zip(pairs.tolist(), counts.tolist(), strict=True):
             self.votes.setdefault(x, Counter())[y] += count
 
@@ -200,9 +209,11 @@ class _Matcher:
         """Undo matches by order that references contradict: identical twins linked in another order."""
         for i, votes in self.votes.items():
             j, count = votes.most_common(1)[0]
+            if self.new_of[i] == j:
+                continue
             weak = self.how[i] in (How.ORDER, How.SIMILAR, 0)
             weak &= self.how[i] != How.ORDER or self.plain_old[i] == self.plain_new[j]
-            if weak and self.new_of[i] != j and 2 * count > votes.total():
+            if weak and 2 * count > votes.total():
                 rival = int(self.old_of[j])
                 if rival >= 0 and self.how[rival] in (How.UNIQUE, How.REFERENCE):
                     continue
@@ -242,8 +253,8 @@ class _Matcher:
         pairs = set(
             zip(self.old.references.target[left].tolist(), self.new.references.target[right].tolist(), strict=True)
         )
-        changed = [(i, int(j)) for i, j in enumerate(self.new_of) if j >= 0 and self.plain_old[i] != self.plain_new[j]]
-        first, second, _ = self.alignments.references(np.array(changed, np.int64).reshape(-1, 2))
+        changed = np.nonzero((self.new_of >= 0) & ~self._same())[0]
+        first, second, _ = self.alignments.references(np.stack([changed, self.new_of[changed]], axis=1))
         pairs.update(
             zip(self.old.references.target[first].tolist(), self.new.references.target[second].tolist(), strict=True)
         )
@@ -286,8 +297,8 @@ class _Matcher:
                 yield i, j
 
     def _same_pairs(self) -> NDArray[np.int64]:
-        pairs = [(i, int(j)) for i, j in enumerate(self.new_of) if j >= 0 and self.plain_old[i] == self.plain_new[j]]
-        return np.array(pairs, np.int64).reshape(-1, 2)
+        same = np.nonzero(self._same())[0]
+        return np.stack([same, self.new_of[same]], axis=1)
 
     def _keep_exports(self) -> None:
         """Exported functions are reached by name from other modules: there the name is the function."""
@@ -316,7 +327,7 @@ class _Matcher:
 
     def _best_pairing(self, mine: list[int], theirs: list[int]) -> None:
         """Order-preserving pairing with the highest sum of similarities (Needleman-Wunsch without gap cost)."""
-        weight = np.array([[_similarity(self.old, self.new, i, j) for j in theirs] for i in mine])
+        weight = np.array([[self.similarities.of(i, j) for j in theirs] for i in mine])
         weight[weight < MIN_SIMILARITY] = 0
         best = np.zeros((len(mine) + 1, len(theirs) + 1))
         for x in range(len(mine) - 1, -1, -1):
@@ -346,16 +357,6 @@ def _exact(code: Code, addresses: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.where((index >= 0) & (code.starts[index] == addresses), index, -1)
 
 
-def _similarity(old: Code, new: Code, i: int, j: int) -> float:
-    """Share of equal pairs of neighbouring opcodes (Dice), 0 when one is three times as long as the other."""
-    a = old.decoded.opcode[old.instructions(i)].tolist()
-    b = new.decoded.opcode[new.instructions(j)].tolist()
-    if min(len(a), len(b)) * 3 < max(len(a), len(b)):
-        return 0.0
-    first, second = Counter(pairwise(a)), Counter(pairwise(b))
-    return 2 * (first & second).total() / max(1, first.total() + second.total())
-
-
 def _increasing(values: list[int]) -> list[int]:
     """Indices of a longest increasing subsequence (patience sorting)."""
     tails: list[int] = []
@@ -375,54 +376,3 @@ def _increasing(values: list[int]) -> list[int]:
         chain.append(index)
         index = previous[index]
     return chain[::-1]
-
-
-def _signatures(code: Code) -> tuple[list[int], list[int], list[int]]:
-    """Per function: hash of its masked bytes; the same with its symbolic references; that without line numbers."""
-    references = code.references
-    keys = _symbolic_keys(code)
-    without_lines = _without_lines(code)
-    plain, strict, loose = [], [], []
-    for function in range(len(code)):
-        masked, named = code.masked_bytes(function), keys[references.of(function)].tobytes()
-        a, b = int(code.starts[function]) - code.base, int(code.ends[function]) - code.base
-        plain.append(hash(masked))
-        strict.append(hash((masked, named)))
-        loose.append(hash((without_lines[a:b].tobytes(), named)))
-    return plain, strict, loose
-
-
-def _without_lines(code: Code) -> NDArray[np.uint8]:
-    """The masked code without the numbers that are put into argument registers other than the first.
-
-    Functions made by one macro differ in little else than such a number and their line.
-    """
-    decoded = code.decoded
-    at = np.nonzero(code.is_start & (decoded.opcode >= 0xB8) & (decoded.opcode <= 0xBF) & (decoded.imm_size == 4))[0]
-    extended = (decoded.imm_field[at] == 2) & (code.raw[at] & 1 == 1)
-    register = (decoded.opcode[at] & 7) + 8 * extended
-    at = at[np.isin(register, ARGUMENTS[1:])]
-    masked = code.masked.copy()
-    for k in range(4):
-        masked[at + decoded.imm_field[at] + k] = 0
-    return masked
-
-
-def _symbolic_keys(code: Code) -> NDArray[np.int64]:
-    """Per reference: a number that says what it names where that can be said without addresses, else 0."""
-    image, references = code.image, code.references
-    targets, inverse = np.unique(references.target, return_inverse=True)
-    kinds = image.kinds(targets)
-    keys = np.zeros(len(targets), np.int64)
-    for index in np.nonzero((kinds == Kind.PLT) | (kinds == Kind.GOT))[0].tolist():
-        slot = image.slots.get(image.plt.get(int(targets[index]), int(targets[index])))
-        if slot is not None and slot.symbol:
-            keys[index] = hash((slot.symbol, slot.version))
-    for index in np.nonzero(kinds == Kind.CONSTANT)[0].tolist():
-        text = image.string_at(int(targets[index]), 512)
-        if text is not None and len(text) >= MIN_STRING and text.isascii():
-            keys[index] = hash(text)
-    by_reference = keys[inverse.ravel()]
-    address_taken = (references.opcode == LEA) | (references.kind >= FieldKind.ABSOLUTE_DISPLACEMENT)
-    text_like = (references.kind != FieldKind.MEMORY) | address_taken | (kinds[inverse.ravel()] == Kind.GOT)
-    return np.where(references.internal | ~text_like, 0, by_reference)

@@ -27,6 +27,10 @@ MIN_ALIGNMENT = 16
 
 STUB_SIZE = 16
 
+# Plain names: in a hot path, looking up a member of an enumeration by name is what takes the time.
+_MEMORY, _SHORT, _IMMEDIATE = int(FieldKind.MEMORY), int(FieldKind.SHORT), int(FieldKind.ABSOLUTE_IMMEDIATE)
+_OWNABLE = (Kind.CONSTANT, Kind.RELRO, Kind.DATA, Kind.BSS)
+
 
 @dataclass(frozen=True)
 class Place:
@@ -113,17 +117,27 @@ class Resolver:
         self.unbound.append(Unbound(int(references.function[row]), int(references.target[row]), why))
 
     def _takes_address(self, row: int) -> bool:
+        return self._taking[row]
+
+    @cached_property
+    def _taking(self) -> list[bool]:
+        """Per reference: it takes an address."""
         references = self.new.references
-        kind = int(references.kind[row])
-        return kind >= FieldKind.ABSOLUTE_DISPLACEMENT or (
-            kind == FieldKind.MEMORY and int(references.opcode[row]) == LEA
-        )
+        load = (references.kind == FieldKind.MEMORY) & (references.opcode == LEA)
+        taking: list[bool] = (load | (references.kind >= FieldKind.ABSOLUTE_DISPLACEMENT)).tolist()
+        return taking
+
+    @cached_property
+    def _columns(self) -> tuple[list[int], list[int], list[int]]:
+        """Target, kind and opcode of each reference, as lists: they are read one by one."""
+        references = self.new.references
+        return references.target.tolist(), references.kind.tolist(), references.opcode.tolist()
 
     def _reference(self, row: int) -> Place | str:
-        references = self.new.references
-        wide = references.kind[row] == FieldKind.MEMORY and _is_vector(int(references.opcode[row]))
-        found = self.address(int(references.target[row]), taken=self._takes_address(row) or wide)
-        if isinstance(found, Place) and references.kind[row] == FieldKind.SHORT and found.symbol != PATCH_IMAGE:
+        targets, kinds, opcodes = self._columns
+        wide = kinds[row] == _MEMORY and _is_vector(opcodes[row])
+        found = self.address(targets[row], taken=self._taking[row] or wide)
+        if isinstance(found, Place) and kinds[row] == _SHORT and found.symbol != PATCH_IMAGE:
             return "a short branch cannot reach the old image"
         return found
 
@@ -133,9 +147,9 @@ class Resolver:
         Witnesses: it moved with something that moved, or its place begins something. What is bound to the same
         number in the old image is right either way.
         """
-        references = self.new.references
-        target = int(references.target[row])
-        if references.kind[row] != FieldKind.ABSOLUTE_IMMEDIATE or found == Place(OLD_IMAGE, target):
+        targets, kinds, _ = self._columns
+        target = targets[row]
+        if kinds[row] != _IMMEDIATE or found == Place(OLD_IMAGE, target):
             return False
         known = self.comparison.addresses.old_of.get(target)
         if known is not None and known[0] != target:
@@ -191,11 +205,15 @@ class Resolver:
 
     def _adjacent(self, first: int, second: int) -> bool:
         """Data of the same kind of section with nothing named between."""
-        named = self.new.referenced
-        following = int(np.searchsorted(named, first, "right"))
-        kinds = self.new.image.kinds(np.array([first, second]))
-        data = (Kind.CONSTANT, Kind.RELRO, Kind.DATA, Kind.BSS)
-        return following < len(named) and int(named[following]) == second and bool(np.isin(kinds, data).all())
+        following = bisect.bisect_right(self._named, first)
+        if following == len(self._named) or self._named[following] != second:
+            return False
+        return self.new.image.kind_at(first) in _OWNABLE and self.new.image.kind_at(second) in _OWNABLE
+
+    @cached_property
+    def _named(self) -> list[int]:
+        named: list[int] = self.new.referenced.tolist()
+        return named
 
     def _take_from_patch(self, target: int, rows: list[int], found: dict[int, Place], *, other: int) -> None:
         section = self.new.image.section_at(target)

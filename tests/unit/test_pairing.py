@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elfdiff import runs
-from elfdiff.pairing import MIN_RUN
+from elfdiff.pairing import MIN_RUN, distinct
 from elfdiff.runs import Joined, longest_runs
 
 sequences = st.lists(st.integers(0, 3), max_size=60)
@@ -65,3 +65,12 @@ def test_only_the_pairs_asked_for_are_looked_at() -> None:
     same = [1, 2, 3, 4]
     result = longest_runs(joined([same, same]), joined([same, same]), np.array([1]), MIN_RUN)
     assert (result.pair.tolist(), result.old.tolist(), result.new.tolist()) == ([1], [4], [4])
+
+
+@given(st.lists(st.tuples(st.integers(-5, 5), st.integers(-5, 5)), max_size=40))
+def test_distinct_pairs_are_those_of_numpy(pairs: list[tuple[int, int]]) -> None:
+    rows = np.array(pairs, np.int64).reshape(-1, 2)
+    found, which, counts = distinct(rows[:, 0], rows[:, 1])
+    wanted, inverse, times = np.unique(rows, axis=0, return_inverse=True, return_counts=True)
+    assert (found.tolist(), counts.tolist()) == (wanted.tolist(), times.tolist())
+    assert which.tolist() == inverse.ravel().tolist()
