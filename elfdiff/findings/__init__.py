@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from elfdiff.findings import addresses, calling, entries, exceptions, layout, startup, types
+from elfdiff.findings import addresses, calling, entries, exceptions, layout, startup, threads, types
 from elfdiff.patchbuild import Draft
 from elfdiff.patchobject import Finding, Severity
 
@@ -37,7 +37,7 @@ RULES: tuple[Rule, ...] = (
     exceptions.exceptions,
     entries.label_tables,
     addresses.initial_values,
-    layout.tls_layout,
+    threads.tls_layout,
     entries.short_entries,
     entries.code_without_unwind,
     startup.constructors,

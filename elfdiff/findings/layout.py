@@ -1,4 +1,4 @@
-"""Layouts of structures and of thread-local storage: the evidence of the code, where no types are known."""
+"""Layouts of structures: the evidence of the code, where no types are known."""
 
 from __future__ import annotations
 
@@ -62,33 +62,3 @@ def allocation_sizes(draft: Draft) -> Iterator[Finding]:
         )
 
 
-def tls_layout(draft: Draft) -> Iterator[Finding]:
-    """Thread-local storage of another size or with other initial values."""
-    old, new = draft.comparison.old.image, draft.comparison.new.image
-    if old.tls is None and new.tls is None:
-        return
-    shifts = [trace.function for trace in draft.traces if trace.thread_local]
-    if shifts:
-        yield Finding(
-            "tls-layout",
-            Severity.REFUSE,
-            f"thread-local variables moved in {len(set(shifts))} function(s)",
-            functions(draft, shifts),
-            "the threads that run have blocks of the old layout",
-            "restart the program",
-        )
-    same_shape = (
-        old.tls is not None
-        and new.tls is not None
-        and (old.tls.memsz, old.tls.filesz, old.tls.align) == (new.tls.memsz, new.tls.filesz, new.tls.align)
-        and old.read(old.tls.vaddr, old.tls.filesz) == new.read(new.tls.vaddr, new.tls.filesz)
-    )
-    if not same_shape:
-        yield Finding(
-            "tls-layout",
-            Severity.REFUSE,
-            "thread-local storage has another layout or other initial values",
-            (f"old: {old.tls}", f"new: {new.tls}"),
-            "the threads that run have blocks of the old layout",
-            "restart the program",
-        )

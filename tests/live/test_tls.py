@@ -103,3 +103,58 @@ def test_threads_of_before_and_after_keep_their_own(link: str, compiled: Compile
         assert process.ask(3, 3) == [512 * 1000 + 504, 512 * 1000 + 506]
         revert(process.pid)
         assert process.ask(3) == [12 * 1000 + 8]
+
+
+MOVED = "static __thread long DECL;\n"
+ONE = MOVED + "long answer(long n) { EDIT a += n; b ^= 3 * n; return a * 10 + b; }"
+BY_ADDRESS = MOVED + """
+SEPARATE long *of(long n) { EDIT return n ? &a : &b; }
+long answer(long n) { *of(n) += n + 1; return *of(1) * 10 + *of(0); }
+"""
+REWRITTEN = MOVED + """
+#if NUMBER
+long answer(long n) { char t[40]; snprintf(t, 40, "%ld", n); if (n > 3) b++;
+    for (int i = 0; i < n; i++) a ^= b * i; return b * 100 + strlen(t); }
+#else
+long answer(long n) { n += a * 3; b += n; a += 7; return n + b; }
+#endif
+"""
+
+
+@pytest.mark.parametrize("stripped", [True, False], ids=["stripped", "symbols"])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("text", [ONE, BY_ADDRESS, REWRITTEN], ids=["one", "by address", "rewritten"])
+@pytest.mark.parametrize("kind", ["library", "pie"])
+def test_variables_that_change_places_are_refused(
+    kind: str, text: str, model: str, stripped: bool, compiled: Compiler, tmp_path: Path
+) -> None:
+    """Of the same size, both zero at first, in changed code only: new code would read the one for the other."""
+    first = filled(text, {"DECL": "a, b", "EDIT": "", "NUMBER": "0"})
+    second = filled(text, {"DECL": "b, a", "EDIT": "if (n == 7) return 0;", "NUMBER": "1"})
+    if kind == "library":
+        pair = library_pair(compiled, first, second, *MODELS[model], stripped=stripped)
+        builds = [pair.old, pair.new]
+    else:
+        builds = [compiled(sources(one), *MODELS[model], stripped=stripped) for one in (first, second)]
+    with pytest.raises(Refused) as caught:
+        patch_for(*builds, tmp_path)
+    assert any(line.startswith(("tls-layout", "unpinned-address")) for line in caught.value.details)
+
+
+TWINS = (
+    "two functions that differ in the offset of a thread-local variable alone change bytes when the variables change "
+    "places: each is taken for the other, and called for the other; what the thread has in the one is then read as the "
+    "other. Symbols would tell, and they are stripped"
+)
+
+
+@pytest.mark.xfail(strict=True, reason=TWINS)
+def test_variables_whose_only_users_are_twins_are_refused(compiled: Compiler, tmp_path: Path) -> None:
+    text = MOVED + """
+    SEPARATE long *first(void) { return &a; }
+    SEPARATE long *second(void) { return &b; }
+    long answer(long n) { *first() += 1; *second() += 2; return *first() * 10 + *second(); }
+    """
+    builds = [compiled(sources(text, DECL=order)) for order in ("a, b", "b, a")]
+    with pytest.raises(Refused):
+        patch_for(*builds, tmp_path)
