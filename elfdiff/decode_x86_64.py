@@ -45,7 +45,7 @@ class Decoded:
 
     length: Bytes  # 1..15; 1 where ``valid`` is false
     valid: NDArray[np.bool_]
-    opcode: NDArray[np.uint16]  # opcode byte + 0x100 * map (1: 0F, 2: 0F38, 3: 0F3A, 5: VEX, 6: EVEX)
+    opcode: NDArray[np.uint16]  # opcode byte + 0x100 * map (1: 0F, 2: 0F38, 3: 0F3A, 5: VEX, 6: EVEX, 7: XOP)
     ref_kind: Bytes
     ref_field: Bytes  # of the rel8, rel32 or disp32(%rip)
     disp_field: Bytes  # of a disp32 that is not relative to rip
@@ -89,6 +89,8 @@ def _two_byte_map() -> NDArray[np.uint16]:
 ONE_BYTE, TWO_BYTE = _one_byte_map(), _two_byte_map()
 VEX_MAP1 = TWO_BYTE.copy()
 VEX_MAP1[0x80:0x90] = MODRM  # kortest and the like where the legacy map has jcc rel32
+XOP_MAPS = np.full(32, INVALID, np.uint16)
+XOP_MAPS[[8, 9, 10]] = MODRM | IMM8, MODRM, MODRM | IMM_Z
 PREFIX = np.zeros(256, np.bool_)
 PREFIX[[0x66, 0x67, 0xF2, 0xF3, 0x2E, 0x36, 0x3E, 0x26, 0x64, 0x65, 0xF0]] = True
 
@@ -171,6 +173,12 @@ def _opcodes(b: Bytes, n: int) -> _Cursor:
     _vector(b, at, position, flags, opcode, map_mask=0x1F, size=3, page=0x500)
     at = np.nonzero((first == 0x62) & plain)[0]
     _vector(b, at, position, flags, opcode, map_mask=0x07, size=4, page=0x600)
+    # AMD's XOP (AMD64 manual, volume 3, 1.2.9): 8F, where pop has 0 in ModRM.reg; the map begins at 8.
+    at = np.nonzero((first == 0x8F) & plain)[0]
+    at = at[(b[position[at]] & 0x1F) >= 8]
+    flags[at] = XOP_MAPS[b[position[at]] & 0x1F]
+    opcode[at] = b[position[at] + 2] + np.uint16(0x700)
+    position[at] += 3
     return _Cursor(position, flags, opcode, operand16, address32, rex_w)
 
 

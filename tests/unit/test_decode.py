@@ -21,6 +21,11 @@ ESCAPES = st.sampled_from([b"", b"", b"\x0f", b"\x0f\x38", b"\x0f\x3a", b"\xc5",
 @example(b"", b"", bytes.fromhex("48b8000102030405060708") + bytes(4))  # movabs
 @example(b"", b"", bytes.fromhex("f6050100000055") + bytes(8))  # test, with an immediate behind disp32(%rip)
 @example(b"", b"", bytes.fromhex("f71501000000") + bytes(9))  # not, without one
+@example(b"", b"", bytes.fromhex("8fe878c2ec0e") + bytes(9))  # vprotd, AMD's XOP; libcrypto has some
+@example(b"", b"", bytes.fromhex("8fe878a2c850") + bytes(9))  # vpcmov
+@example(b"", b"", bytes.fromhex("8fe97890c8") + bytes(10))  # vprotb, map 9
+@example(b"", b"", bytes.fromhex("8fea7810c004030201") + bytes(6))  # bextr, map 10
+@example(b"", b"", bytes.fromhex("8f0501000000") + bytes(9))  # pop, no XOP
 @example(b"\x66", b"", bytes.fromhex("c7050100000034120000") + bytes(5))
 def test_random_instructions_are_read_as_capstone_reads_them(prefix: bytes, escape: bytes, tail: bytes) -> None:
     raw = (prefix + escape + tail)[:15]
