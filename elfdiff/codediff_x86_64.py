@@ -2,7 +2,7 @@
 
 An instruction that corresponds to one of the other build is the same when its bytes are the same but for its
 references, and each of these has the same name. A branch inside the function is the same when the instructions that it
-leads to correspond, or stand at the same place of the same difference.
+leads to correspond, stand at the same place of the same difference, or begin alike.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from elfdiff.code import FieldKind
 from elfdiff.decode_x86_64 import RefKind, decode, instruction_starts
 from elfdiff.errors import BadInput
 from elfdiff.evidence import Names, Reference, Run
+
+BLOCK = 4
+"""Instructions in which two pieces of code must begin alike to be taken for the same."""
 
 
 class Change(StrEnum):
@@ -132,16 +135,36 @@ def compare_code(old: Body, new: Body, runs: tuple[Run, ...]) -> tuple[Row, ...]
         i, j = first + length, second + length
         for k in range(length):
             one, other = old.instructions[first + k], new.instructions[second + k]
-            meets = places[0].place(one.inner) == places[1].place(other.inner)
+            meets = places[0].place(one.inner) == places[1].place(other.inner) or _alike(old, new, one, other, places)
             rows.append(Row(first + k, second + k, _change(one, other, meets)))
     return tuple(rows)
+
+
+def _alike(old: Body, new: Body, one: Instruction, other: Instruction, places: tuple[_Anchors, _Anchors]) -> bool:
+    """Two branches to code that begins alike, unless both ends correspond to something else: short blocks move."""
+    ends = places[0].index(one.inner), places[1].index(other.inner)
+    if ends[0] is None or ends[1] is None or not (places[0].loose(ends[0]) or places[1].loose(ends[1])):
+        return False
+    for first, second in zip(old.instructions[ends[0] :][:BLOCK], new.instructions[ends[1] :][:BLOCK], strict=False):
+        if first.masked != second.masked or _names(first) != _names(second):
+            return False
+        if first.opcode in _LEAVES:
+            return True
+    return True
+
+
+_LEAVES = frozenset((0xE9, 0xEB, 0xC3))
+"""jmp and ret: a block ends there (Intel SDM, volume 2, table A-2)."""
 
 
 def _change(one: Instruction, other: Instruction, meets: bool) -> Change:
     if one.masked != other.masked:
         return Change.OPERAND
-    names = [[_identity(item) for item in side.references] for side in (one, other)]
-    return Change.SAME if names[0] == names[1] and meets else Change.REFERENCE
+    return Change.SAME if _names(one) == _names(other) and meets else Change.REFERENCE
+
+
+def _names(instruction: Instruction) -> list[str]:
+    return [_identity(item) for item in instruction.references]
 
 
 def _identity(reference: Reference) -> str:
@@ -160,17 +183,31 @@ class _Anchors:
     first: list[int]  # first instruction of each run
     length: list[int]
 
+    def index(self, inner: int | None) -> int | None:
+        """The instruction at an offset."""
+        index = bisect.bisect_left(self.at, inner) if inner is not None else len(self.at)
+        return index if index < len(self.at) and self.at[index] == inner else None
+
     def place(self, inner: int | None) -> _Place:
         """(2 x run + 1, instruction in it), or (2 x run, instruction in the gap in front of it)."""
         if inner is None:
             return None
-        index = bisect.bisect_left(self.at, inner)
-        if index == len(self.at) or self.at[index] != inner:
+        index = self.index(inner)
+        if index is None:
             return -1, inner
-        run = bisect.bisect_right(self.first, index) - 1
+        run = self._run(index)
         if run >= 0 and index < self.first[run] + self.length[run]:
             return 2 * run + 1, index - self.first[run]
         return 2 * run + 2, index - (self.first[run] + self.length[run] if run >= 0 else 0)
+
+    def loose(self, index: int) -> bool:
+        """Whether an instruction corresponds to nothing."""
+        run = self._run(index)
+        return run < 0 or index >= self.first[run] + self.length[run]
+
+    def _run(self, index: int) -> int:
+        """The last run that begins at or in front of an instruction, -1 where there is none."""
+        return bisect.bisect_right(self.first, index) - 1
 
 
 def _anchors(body: Body, edges: list[Run], side: int) -> _Anchors:

@@ -180,6 +180,21 @@ def test_what_is_called_the_same_is_the_same_bytes_but_for_references(reasons: E
                 assert item.old.instructions[row.old].masked == item.new.instructions[row.new].masked
 
 
+BRANCHES = program(
+    "asm(\".type jumper, @function\\njumper: .cfi_startproc\\n MORE test %edi, %edi\\n je TARGETf\\n js 3f\\n\"\n"
+    "    \" mov $1, %eax\\n add $5, %eax\\n ret\\n1: mov $2, %eax\\n sub $6, %eax\\n ret\\n\"\n"
+    "    \"2: mov $3, %eax\\n xor $7, %eax\\n ret\\n3: mov $4, %eax\\n and $8, %eax\\n ret\\n\"\n"
+    "    \".cfi_endproc\\n.size jumper, .-jumper\");\nint jumper(int);\n", "jumper(n)",
+    MORE=("", "xor %edx, %edx; lea 4(%rdi), %ecx; mov %ecx, %esi;"), TARGET=("1", "2"),
+)  # fmt: skip
+
+
+def test_a_branch_is_the_same_where_it_leads_to_the_same(compiled: Compiler) -> None:
+    (item,) = select(explain_pair(*build(compiled, BRANCHES), Options()), ["jumper"])
+    branches = [(change, old.split()[0]) for change, old, new in rows(item) if old.startswith("j") and new]
+    assert branches == [("reference", "je"), ("same", "js")], "both have other distances now"
+
+
 @pytest.mark.parametrize("link", ["no-pie", "library"])
 @pytest.mark.parametrize("cc", ["gcc", "clang"])
 def test_every_link_and_compiler_is_explained(link: str, cc: str, compiled: Compiler) -> None:
