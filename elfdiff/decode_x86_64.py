@@ -113,6 +113,9 @@ def decode(code: Bytes) -> Decoded:
     for start in range(0, n, CHUNK):
         size = min(CHUNK, n - start)
         _decode_chunk(padded[start : start + size + LOOKAHEAD], size, result, slice(start, start + size))
+    last = np.arange(max(0, n - LOOKAHEAD), n)
+    cut = last[last + result.length[last] > n]  # keeps its length, so that no walk ends there as if it were whole
+    result.valid[cut], result.ref_kind[cut] = False, RefKind.NONE
     return result
 
 

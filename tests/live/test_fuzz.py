@@ -63,6 +63,7 @@ FOUND: dict[str, tuple[str, bool, Mutation]] = {
     ),
     "names that are no UTF-8": ("library", True, Mutation("", (Edit(".dynstr", 1, b"\xe4" * 60),))),
     "a relocation outside": ("debug", False, Mutation("", (Edit(".relr.dyn", 4, b"\x2f\x39"),))),
+    "a call that the end of the code cuts": ("fixed", True, Mutation("", (Edit(".fini", 8, b"\xe8"),))),
     "a cut to nothing": ("library", False, Mutation("", (), 0)),
     "a segment without end": ("program", True, Mutation("", (Edit("phdr 2", 40, b"\0\0\0\x7f"),))),
 }  # fmt: skip

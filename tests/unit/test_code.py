@@ -91,6 +91,44 @@ def text_relocations(path: Path) -> list[tuple[int, int, int]]:
         ]
 
 
+@pytest.mark.parametrize("link", ["pie", "no-pie", "library"])
+@pytest.mark.parametrize("cc", ["gcc", "clang"])
+@pytest.mark.parametrize("level", ["-O0", "-O2", "-O3", "-Os"])
+def test_every_reference_is_a_relocation_or_stays_in_its_section(
+    level: str, cc: str, link: str, compiled: Compiler
+) -> None:
+    """What the assembler resolves itself has no relocation: references within one section of one object file."""
+    path = kv(compiled, level, link=link, cc=cc)
+    code = load_code(load_image(path))
+    relocated = {place for place in linker_places(path) if code.has_unwind[code.function_of(place)]}
+    text, references = code.image.section(".text"), code.references
+    assert text is not None
+    mine = code.has_unwind[references.function] & (references.instruction >= text.start)
+    mine &= (references.instruction < text.end) & ~np.isin(references.function, start_up(code))
+    beyond = mine & ~np.isin(references.field, sorted(relocated))
+    inside = (references.target >= text.start) & (references.target < text.end)
+    assert not [hex(k) for k in references.field[beyond & ~inside].tolist()]
+    assert not (beyond & (references.kind > FieldKind.SHORT)).any(), "a number was taken for an address"
+    assert relocated <= set(references.field.tolist())
+    assert int((mine & ~beyond).sum()) > 100
+
+
+def start_up(code: Code) -> list[int]:
+    """Functions of the start-up files, which are linked without their relocations in some distributions."""
+    return [k for k, name in enumerate(code.names) if name in START_UP]
+
+
+def linker_places(path: Path) -> set[int]:
+    """Fields of .text that the linker filled with an address or a distance."""
+    with path.open("rb") as stream:
+        rows = ELFFile(stream).get_section_by_name(".rela.text").iter_relocations()
+        kinds = (*RELATIVE, *ABSOLUTE, R_X86_64_GOTPCREL, R_X86_64_GOTPCRELX, R_X86_64_REX_GOTPCRELX)
+        return {r["r_offset"] for r in rows if r["r_info_type"] in kinds}
+
+
+R_X86_64_GOTPCREL, R_X86_64_GOTPCRELX, R_X86_64_REX_GOTPCRELX = 9, 41, 42
+
+
 def test_stubs_lead_to_their_imports(compiled: Compiler) -> None:
     code = load_code(load_image(kv(compiled, "-O2", link="pie", cc="gcc")))
     image, references = code.image, code.references

@@ -58,6 +58,15 @@ def _odd(raw: bytes) -> bool:
     return misplaced or (sixteen and branch) or two_byte
 
 
+def test_an_instruction_that_the_code_s_end_cuts_is_none() -> None:
+    call = bytes.fromhex("e81c000000")
+    for size in range(1, 5):
+        decoded = decode(np.frombuffer(b"\x90" * 20 + call[:size], np.uint8))
+        assert not decoded.valid[20] and decoded.ref_kind[20] == 0
+        _, final = instruction_starts(decoded.length, np.array([0]), np.array([20 + size]))
+        assert final[0] == 25, "a function that ends there is not sound"
+
+
 def test_xbegin_is_a_reference() -> None:
     raw = bytes.fromhex("c7f810000000") + bytes(9)
     assert ByUs(raw).reading(0) == by_capstone(CAPSTONE, raw)
