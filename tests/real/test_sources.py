@@ -40,3 +40,26 @@ def test_vsftpd(source_pair: Callable[[Recipe], tuple[Built, Built]]) -> None:
     assert pair.analysis.error is None
     assert pair.warnings.keys() == {"new-import"}
     assert {one.name for one in pair.analysis.patch().imports} == {"strndup", "strcpy", "strrchr"}
+
+
+@pytest.mark.long
+def test_memcached(source_pair: Callable[[Recipe], tuple[Built, Built]]) -> None:
+    """0008-CVE-2026-47783-CVE-2026-47784.patch: how sasl_defs.c compares passwords."""
+    pair = judge_sources(*source_pair(recipes.MEMCACHED), "memcached")
+    assert set(pair.truth.changed) == {"sasl_defs.c:sasl_server_userdb_checkpass"}
+    check(pair)
+    assert not pair.timid
+    assert pair.analysis.error is None
+    assert pair.analysis.patch().findings == ()
+
+
+@pytest.mark.long
+def test_tor(source_pair: Callable[[Recipe], tuple[Built, Built]]) -> None:
+    """TROVE-2026-022 in compress.c; two functions behind it differ in the numbers of their lines."""
+    pair = judge_sources(*source_pair(recipes.TOR), "tor")
+    assert set(pair.truth.changed) == {"compress.c:tor_compress_impl.constprop.0"}
+    assert pair.truth.line_only == {"tor_compress_process", "tor_compress_state_size"}
+    check(pair)
+    assert pair.line_only == pair.truth.line_only
+    assert pair.analysis.error is None
+    assert pair.analysis.patch().findings == ()
