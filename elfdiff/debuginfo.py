@@ -24,7 +24,6 @@ from elfdiff.linetable import LineHeader, rows
 
 if TYPE_CHECKING:
     from elftools.construct.lib.container import Container
-    from elftools.dwarf.aranges import ARanges
     from elftools.dwarf.compileunit import CompileUnit
     from elftools.dwarf.die import DIE
     from elftools.dwarf.dwarfinfo import DWARFInfo
@@ -110,7 +109,7 @@ class Unit:
     def _lines(self) -> tuple[list[int], list[str | None]]:
         """Addresses in ascending order and the source line from there on."""
         with reading(self.info.path):
-            program = self.info.dwarf.line_program_for_CU(self.cu)
+            program = self.info.line_program(self.cu)
             found = [] if program is None else list(_rows(program))
         found.sort(key=_by_address)
         return [address for address, _ in found], [line for _, line in found]
@@ -175,6 +174,24 @@ class DebugInfo:
             if _unit_type(cu) in ("DW_UT_type", 2)
         }
 
+    def line_program(self, cu: CompileUnit) -> LineProgram | None:
+        """The line table of a unit. Its format (DWARF 5, section 7.4) is its own: gas writes 32-bit ones beside
+        64-bit units."""
+        from elftools.dwarf.structs import DWARFStructs  # noqa: PLC0415
+
+        offset = value_of(cu.get_top_DIE(), "DW_AT_stmt_list")
+        if offset is None or self.dwarf.debug_line_sec is None:
+            return None
+        stream = self.dwarf.debug_line_sec.stream
+        stream.seek(offset)
+        wanted = 64 if stream.read(4) == b"\xff\xff\xff\xff" else 32
+        if cu.structs.dwarf_format == wanted:
+            return self.dwarf.line_program_for_CU(cu)
+        structs = DWARFStructs(
+            little_endian=True, dwarf_format=wanted, address_size=8, dwarf_version=cu.structs.dwarf_version
+        )
+        return self.dwarf._parse_line_program_at_offset(offset, structs)
+
     def mentions(self, name: str) -> bool:
         """Whether a name occurs in the debug information at all; linkers let names share their endings."""
         wanted = name.encode("utf-8", "surrogateescape") + b"\0"
@@ -202,10 +219,11 @@ class DebugInfo:
         return (*self.file.notes, *([said] if split else ()))
 
     @cached_property
-    def _ranges(self) -> ARanges | None:
-        """.debug_aranges (DWARF 5, section 6.1.2), which gcc writes and clang does not."""
-        found = self.dwarf.get_aranges()
-        return found if found is not None and found.keys else None
+    def _ranges(self) -> tuple[list[int], list[tuple[int, int]]]:
+        """Starts in ascending order, with the end and the unit's offset: .debug_aranges, which clang does not write."""
+        section = self.dwarf.debug_aranges_sec
+        found = sorted(_address_ranges(section.stream.getvalue())) if section is not None else []
+        return [low for low, _, _ in found], [(high, offset) for _, high, offset in found]
 
     @cached_property
     def _spans(self) -> tuple[list[int], list[tuple[int, Unit]]]:
@@ -223,9 +241,10 @@ class DebugInfo:
     def unit_at(self, address: int) -> Unit | None:
         """The unit whose code lies at an address: by .debug_aranges, and where that does not say, by all units."""
         with reading(self.path):
-            offset = self._ranges.cu_offset_at_addr(address) if self._ranges is not None else None
-            if offset is not None:
-                return self.unit(self.dwarf.get_CU_at(offset))
+            starts, spans = self._ranges
+            index = bisect.bisect_right(starts, address) - 1
+            if index >= 0 and address < spans[index][0]:
+                return self.unit(self.dwarf.get_CU_at(spans[index][1]))
         starts, rest = self._spans
         index = bisect.bisect_right(starts, address) - 1
         if index < 0 or address >= rest[index][0]:
@@ -381,6 +400,26 @@ def _absolute(entries: list[object], base: int) -> list[tuple[int, int]]:
             start = 0 if getattr(entry, "is_absolute", False) else base
             found.append((int(start + entry.begin_offset), int(start + entry.end_offset)))
     return found
+
+
+def _address_ranges(raw: bytes) -> Iterator[tuple[int, int, int]]:
+    """(low, high, offset of the unit) of .debug_aranges (DWARF 5, section 6.1.2); addresses have eight bytes."""
+    at = 0
+    while at < len(raw):
+        start, size, width = at, int.from_bytes(raw[at : at + 4], "little"), 4
+        at += 4
+        if size == 0xFFFFFFFF:
+            size, width = int.from_bytes(raw[at : at + 8], "little"), 8
+            at += 8
+        end = at + size
+        offset = int.from_bytes(raw[at + 2 : at + 2 + width], "little")
+        if raw[at + 2 + width : at + 4 + width] != b"\x08\x00" or end > len(raw):
+            raise ValueError("a table of address ranges is cut or of an unknown kind")
+        at = start + -(-(at + 4 + width - start) // 16) * 16
+        for low, length in struct.iter_unpack("<QQ", raw[at : end - (end - at) % 16]):
+            if length:
+                yield low, low + length, offset
+        at = end
 
 
 def _rows(program: LineProgram) -> Iterator[tuple[int, str | None]]:
