@@ -57,7 +57,7 @@ class ThreadLocalUses:
         found, whole = self._uses_of_slots(function) if function in self._by_slot else ([], False)
         if function in self._through:
             found += self._below_thread_pointer(self.code.instructions(function))
-        elif whole:
+        if whole:
             found += self._above_block(self.code.instructions(function))
         return sorted(found, key=lambda use: use.instruction)
 
@@ -75,10 +75,9 @@ class ThreadLocalUses:
             name = self._names.get(int(references.target[row]))
             if name is None:
                 continue
-            pair = name.type == R_X86_64_DTPMOD64
-            whole |= pair and name.behind == 0
-            instruction = int(references.instruction[row]) - self.code.base
-            found.append(Use(instruction, name.behind if pair else name.addend))
+            offset = name.behind if name.type == R_X86_64_DTPMOD64 else name.addend
+            whole |= name.type != R_X86_64_TPOFF64 and offset == 0
+            found.append(Use(int(references.instruction[row]) - self.code.base, offset))
         return found, whole
 
     def _through_fs(self) -> frozenset[int]:
@@ -95,25 +94,25 @@ class ThreadLocalUses:
     def _below_thread_pointer(self, at: NDArray[np.int64]) -> list[Use]:
         decoded, found = self.code.decoded, []
         for i in at.tolist():
-            fields = [int(decoded.disp_field[i])]
-            if decoded.imm_size[i] == 4 and self._makes_address(i):
-                fields.append(int(decoded.imm_field[i]))
-            values = [self._int32(i + field) for field in fields if field]
+            field = int(decoded.disp_field[i])
+            values = [*self._immediate(i), *([self._int32(i + field)] if field else [])]
             found += [Use(i, value + self._size) for value in values if -self._size <= value < 0]
         return found
-
-    def _makes_address(self, at: int) -> bool:
-        opcode, operation = int(self.code.decoded.opcode[at]), int(self.code.decoded.modrm[at]) >> 3 & 7
-        return opcode in (_MOVE, _ADD) or (opcode == _GROUP and operation == 0)
 
     def _above_block(self, at: NDArray[np.int64]) -> list[Use]:
         decoded, found = self.code.decoded, []
         for i in at.tolist():
-            field = int(decoded.disp_field[i])
-            value = self._int32(i + field) if field and int(decoded.modrm[i]) >> 6 == _FAR else -1
-            if 0 <= value < self._size:
-                found.append(Use(i, value))
+            far = decoded.disp_field[i] and int(decoded.modrm[i]) >> 6 == _FAR
+            values = [*self._immediate(i), *([self._int32(i + int(decoded.disp_field[i]))] if far else [])]
+            found += [Use(i, value) for value in values if 0 <= value < self._size]
         return found
+
+    def _immediate(self, at: int) -> list[int]:
+        """The immediate of four bytes of an instruction that can make an address of it."""
+        decoded = self.code.decoded
+        opcode, operation = int(decoded.opcode[at]), int(decoded.modrm[at]) >> 3 & 7
+        makes = opcode in (_MOVE, _ADD) or (opcode == _GROUP and operation == 0)
+        return [self._int32(at + int(decoded.imm_field[at]))] if makes and decoded.imm_size[at] == 4 else []
 
     def _int32(self, at: int) -> int:
         return int.from_bytes(self.code.raw[at : at + 4].tobytes(), "little", signed=True)
@@ -125,8 +124,7 @@ def unproved(
     """New function -> offsets that it may use and that nothing shows to be the same variable as in the old build.
 
     ``unchanged``: old functions of which the new build has the same; ``changed``: (old or -1, new). An offset is the
-    same variable where an unchanged function uses it, or where the instruction that uses it corresponds to one of the
-    old function, and its neighbours do as well.
+    same variable where an unchanged function uses it, or where a changed one goes on using it as before.
     """
     old, new = ThreadLocalUses(alignments.old), ThreadLocalUses(alignments.new)
     wanted = {j: uses for _, j in changed if (uses := new.of(j))}
@@ -143,22 +141,18 @@ def unproved(
 
 
 def _kept(alignments: Alignments, i: int, j: int, before: list[Use], after: list[Use]) -> set[int]:
-    """Offsets used by corresponding instructions whose neighbours correspond, too."""
-    old, new = alignments.old, alignments.new
-    at_old, at_new = old.instructions(i).tolist(), new.instructions(j).tolist()
-    place_old, place_new = ({at: k for k, at in enumerate(where)} for where in (at_old, at_new))
-    uses_old: dict[int, set[int]] = {}
-    for use in before:
-        uses_old.setdefault(use.instruction, set()).add(use.offset)
+    """Offsets that a changed function uses as it did.
+
+    Where it uses one only, before and after; or where all its instructions correspond one to one. Else two variables
+    that changed places may hide in a branch that was turned round.
+    """
+    offsets = {use.offset for use in after}
+    if len(offsets) == 1 and offsets == {use.offset for use in before}:
+        return offsets
+    count = len(alignments.new.instructions(j))
     survivors = alignments.survivors(np.array([[i, j]], np.int64))
+    if not len(survivors.new) == count == len(alignments.old.instructions(i)):
+        return set()
     partner = dict(zip(survivors.new.tolist(), survivors.old.tolist(), strict=True))
-    found = set()
-    for use in after:
-        counterpart = partner.get(use.instruction)
-        if counterpart is None or use.offset not in uses_old.get(counterpart, ()):
-            continue
-        a, b = place_old[counterpart], place_new[use.instruction]
-        around = [(k, m) for k, m in ((a - 1, b - 1), (a + 1, b + 1)) if 0 <= m < len(at_new)]
-        if all(0 <= k < len(at_old) and partner.get(at_new[m]) == at_old[k] for k, m in around):
-            found.add(use.offset)
-    return found
+    known = {(use.instruction, use.offset) for use in before}
+    return {use.offset for use in after if (partner[use.instruction], use.offset) in known}
