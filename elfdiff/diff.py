@@ -60,7 +60,7 @@ class Analysis:
         assert self.draft is not None
         patch = build(self.draft, self.findings)
         evidence = pack(collect(self.draft, self.joined))
-        return replace(patch, evidence=evidence, old_code=old_code(self.draft))
+        return replace(patch, evidence=evidence, old_code=old_code(self.draft) if evidence else b"")
 
 
 def diff(old_path: Path, new_path: Path, options: Options) -> PatchObject:

@@ -18,8 +18,9 @@ from elfdiff.errors import BadInput
 VERSION = 1
 """Of the packed form; another one is refused, since it would be misread."""
 MAX_LABEL = 96
-MAX_UNPACKED = 1 << 28
-"""Bytes of JSON that a reader accepts: forty times what a patch of 2,700 functions of postgres has."""
+MAX_UNPACKED = 1 << 25
+"""Bytes of JSON that a reader accepts, for what it makes of them in memory: ten times what 900 functions of postgres
+have. A patch with more carries no evidence."""
 
 
 class Names(StrEnum):
@@ -100,7 +101,7 @@ _FORMS = range(1, 9)
 
 
 def pack(functions: tuple[FunctionEvidence, ...]) -> bytes:
-    """The evidence of a patch's functions, in their order, as bytes that ``unpack`` reads."""
+    """The evidence of a patch's functions, in their order, as ``unpack`` reads it; empty where it is too much."""
     labels: dict[str, int] = {}
 
     def side(references: tuple[Reference, ...]) -> list[int]:
@@ -120,7 +121,8 @@ def pack(functions: tuple[FunctionEvidence, ...]) -> bytes:
         for f in functions
     ]
     body = {"version": VERSION, "labels": list(labels), "functions": rows}
-    return zlib.compress(json.dumps(body, separators=(",", ":")).encode(), 6)
+    text = json.dumps(body, separators=(",", ":")).encode()
+    return zlib.compress(text, 6) if len(text) <= MAX_UNPACKED else b""
 
 
 def unpack(raw: bytes) -> tuple[FunctionEvidence, ...]:

@@ -160,7 +160,7 @@ def _functions(explanation: Explanation, context: int) -> Iterator[str]:
         return
     yield f'<section aria-labelledby="functions">\n<h2 id="functions">Functions ({len(explanation.functions)})</h2>'
     if not explanation.complete:
-        yield "<p>The patch object was made by a version of livegraft that kept no evidence of the reasons.</p>"
+        yield "<p>The patch object carries no evidence: nothing more is known of the reasons.</p>"
     yield '<div class="scroll" tabindex="0" role="region" aria-label="Table of functions">\n<table class="index">'
     yield "<caption>Sizes in bytes; a redirected function's old entry jumps to the new code.</caption>"
     heads = ("Function", "Why", "Old", "New", "Redirected")

@@ -54,7 +54,7 @@ def overview(explanation: Explanation, style: Style) -> Iterator[str]:
     for item in explanation.functions:
         yield from _function(item, style)
     if not explanation.complete:
-        yield "    (made by a version of livegraft that kept no evidence: nothing is known of the reasons' details)"
+        yield "    (the patch object carries no evidence: nothing more is known of the reasons)"
     yield from _rest(explanation, style)
     if not explanation.verdict.code:
         yield from findings

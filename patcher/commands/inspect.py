@@ -101,7 +101,7 @@ def _must_be_complete(explanation: Explanation, path: Path) -> None:
     if not explanation.complete:
         raise BadInput(
             f"{path}: the patch object does not hold the old code",
-            why=f"it was made by livegraft {explanation.tool_version}, without an explanation",
+            why=f"livegraft {explanation.tool_version} made it without an explanation",
             next_step="make it again with this version: livegraft diff OLD NEW -o PATCH",
         )
 

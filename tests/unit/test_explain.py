@@ -256,6 +256,15 @@ def test_an_alignment_that_lies_is_bad_input(runs: tuple[tuple[int, int, int], .
         explain(replace(patch, evidence=pack(tuple(evidence))))
 
 
+def test_too_much_evidence_is_none(patch: PatchObject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a reader would not accept is not written."""
+    items = unpack(patch.evidence)
+    monkeypatch.setattr("elfdiff.evidence.MAX_UNPACKED", 1000)
+    assert pack(items) == b""
+    with pytest.raises(BadInput):
+        unpack(patch.evidence)
+
+
 def test_a_reference_behind_the_end_is_bad_input(patch: PatchObject) -> None:
     evidence = list(unpack(patch.evidence))
     evidence[0] = replace(evidence[0], new=(Reference(10**6, FieldKind.CALL, Names.FUNCTION, "x"),))

@@ -17,9 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from elfdiff.diff import Options, diff
-from elfdiff.evidence import Evidence, EvidenceKind, Reference, pack, unpack
+from elfdiff.errors import BadInput
+from elfdiff.evidence import Evidence, EvidenceKind, Names, Reference, pack, unpack
 from elfdiff.explain import Explanation, explain
 from elfdiff.patchfile import read_patch, write_patch
 from patcher.cli import main
@@ -334,6 +337,29 @@ def test_labels_of_a_patch_object_do_nothing(fix: Path) -> None:
     assert shown.tags.count("script") == 1 and any(SCRIPT in text for text in shown.texts)
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_any_evidence_is_shown_or_bad_input(fix: Path, data: st.DataObject) -> None:
+    patch = read_patch(fix)
+    evidence = list(unpack(patch.evidence))
+    number = data.draw(st.integers(0, len(evidence) - 1))
+    size = patch.functions[number].new_size
+    fields = st.builds(Reference, st.integers(0, size), st.integers(1, 8), st.sampled_from(Names), st.text(max_size=8))
+    runs = st.tuples(st.integers(0, 20), st.integers(0, 20), st.integers(0, 20))
+    evidence[number] = replace(
+        evidence[number],
+        new=tuple(data.draw(st.lists(fields, max_size=6))),
+        runs=tuple(data.draw(st.lists(runs, max_size=3))),
+    )
+    try:
+        found = explain(replace(patch, evidence=pack(tuple(evidence))))
+    except BadInput:
+        return
+    style = Style(120, colour=False)
+    assert all(line.isprintable() for line in (*overview(found, style), *listings(found.functions, 3, style)))
+    parsed(page(found, 3, ""))
+
+
 def _renamed(reference: Reference) -> Reference:
     return replace(reference, label=ESCAPE + SCRIPT)
 
@@ -393,6 +419,6 @@ def test_a_patch_without_the_old_code(fix: Path, inspect: Inspect, tmp_path: Pat
     write_patch(replace(read_patch(fix), evidence=b"", old_code=b""), bare)
     fails(inspect(bare, "--diff"), "does not hold the old code")
     outcome = inspect(bare)
-    assert outcome.status == 0 and "greets  constant" in outcome.out and "kept no evidence" in outcome.out
+    assert outcome.status == 0 and "greets  constant" in outcome.out and "carries no evidence" in outcome.out
     parsed(page(explain(read_patch(bare)), 3, ""))
     assert inspect(bare, "--json").json["explained"] is False
