@@ -77,6 +77,7 @@ class _Comparer:
         self.old_types, self.new_types = TypeReader(old), TypeReader(new)
         self.functions = [j for j in members if not self._same(j)]
         self.pairs: dict[int, tuple[Function, tuple[Function, ...]]] = {}
+        self.named: dict[int, set[str]] = {}
         for j in self.functions:
             function = new.function(int(comparison.new.starts[j]))
             entry = comparison.old_entry(j)
@@ -166,26 +167,29 @@ class _Comparer:
                     yield name, TypeChange("variable", name, (f"{texts[0]} -> {texts[1]}",), self._inside(unit), unit)
 
     def _users(self, name: str, unit: str) -> tuple[int, ...]:
-        return tuple(j for j, (f, _) in self.pairs.items() if self._uses(f, name)) or self._inside(unit)
+        short = name.rpartition("::")[2]
+        return tuple(j for j in self.pairs if short in self._named(j)) or self._inside(unit)
 
     def _inside(self, unit: str) -> tuple[int, ...]:
         return tuple(j for j, (f, _) in self.pairs.items() if any(u.name == unit for u in f.units))
 
-    def _uses(self, function: Function, name: str) -> bool:
-        """A parameter or variable of the function, inlined code included, is or points to such a type."""
-        short = name.rpartition("::")[2]
-        todo, seen = [function.die], set()
-        while todo:
-            die = todo.pop()
-            origin = self.new.origin(die)
-            for entry in (die, origin) if origin is not die else (die,):
-                if (id(entry.dwarfinfo), entry.offset) in seen:
-                    continue
-                seen.add((id(entry.dwarfinfo), entry.offset))
-                if entry.tag in _TYPED and self.new_types.aggregate(entry) == short:
-                    return True
-                todo += [child for child in entry.iter_children() if child.tag != "DW_TAG_call_site"]
-        return False
+    def _named(self, function: int) -> set[str]:
+        """The structures that its parameters and variables, inlined code included, are, hold or point to."""
+        if function not in self.named:
+            found: set[str] = set()
+            todo, seen = [self.pairs[function][0].die], set()
+            while todo:
+                die = todo.pop()
+                origin = self.new.origin(die)
+                for entry in (die, origin) if origin is not die else (die,):
+                    key = id(entry.dwarfinfo), entry.offset
+                    if key not in seen:
+                        seen.add(key)
+                        name = self.new_types.aggregate(entry) if entry.tag in _TYPED else None
+                        found.update([name] if name else [])
+                        todo += [child for child in entry.iter_children() if child.tag != "DW_TAG_call_site"]
+            self.named[function] = found
+        return self.named[function]
 
     def _described(self, function: Function, others: tuple[Function, ...]) -> bool:
         """All types that the function can use are known in both builds.
