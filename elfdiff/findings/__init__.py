@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from elfdiff.findings import addresses, calling, entries, exceptions, layout, startup, threads, types
+from elfdiff.findings import addresses, calling, entries, exceptions, exports, layout, startup, threads, types
 from elfdiff.patchbuild import Draft
 from elfdiff.patchobject import Finding, Severity
 
@@ -38,6 +38,8 @@ RULES: tuple[Rule, ...] = (
     entries.label_tables,
     addresses.initial_values,
     threads.tls_layout,
+    exports.exported_symbols,
+    exports.entries_inside,
     entries.short_entries,
     entries.code_without_unwind,
     startup.constructors,
