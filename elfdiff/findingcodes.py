@@ -9,6 +9,7 @@ CODES: dict[str, tuple[bool, str]] = {
     "allocation-size": (True, "a constant size given to an allocator differs"),
     "ambiguous-function": (False, "a function that pointers may lead to may be one or another of the new build"),
     "calling-convention": (True, "a function is called otherwise, and not all of its callers are in the patch"),
+    "constant-identity": (True, "a constant that differs is compared by its address"),
     "constructors": (True, "code that runs at the start of a program differs"),
     "coroutines": (True, "the program switches between stacks of its own"),
     "debug-info": (False, "debug information that is there could not be used"),

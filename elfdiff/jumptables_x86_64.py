@@ -18,8 +18,6 @@ from elfdiff.code import LEA, Code, FieldKind
 from elfdiff.image import Addresses, Kind
 
 MAX_ENTRIES = 1 << 16
-CLOSE = 4
-"""Instructions behind the load of an entry within which a switch jumps to it."""
 _MOV_LOAD, _GROUP5 = 0x8B, 0xFF
 
 
@@ -121,18 +119,19 @@ def kept_labels(code: Code, function: int, tables: dict[int, JumpTable]) -> int 
 
 
 def _jumped_to_at_once(code: Code, function: int, offset: int) -> bool:
-    """The instruction at an offset loads a register, and a jump to what is in it follows closely."""
+    """The instruction at an offset loads a register, and the next one jumps to what is in it."""
     decoded = code.decoded
     if decoded.opcode[offset] != _MOV_LOAD:
         return False
     register = (int(decoded.modrm[offset]) >> 3 & 7) + (_rex(code, offset) << 1 & 8)  # REX.R
     instructions = code.instructions(function)
     following = int(np.searchsorted(instructions, offset, "right"))
-    for other in instructions[following : following + CLOSE].tolist():
-        modrm = int(decoded.modrm[other])
-        if decoded.opcode[other] == _GROUP5 and modrm & 0xF8 == 0xE0:  # jmp *register
-            return (modrm & 7) + (_rex(code, other) << 3 & 8) == register  # REX.B
-    return False
+    if following == len(instructions):
+        return False
+    jump = int(instructions[following])
+    modrm = int(decoded.modrm[jump])
+    to_register = decoded.opcode[jump] == _GROUP5 and modrm & 0xF8 == 0xE0
+    return to_register and (modrm & 7) + (_rex(code, jump) << 3 & 8) == register  # REX.B
 
 
 def _rex(code: Code, offset: int) -> int:

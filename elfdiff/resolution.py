@@ -20,7 +20,8 @@ from elfdiff.comparison import Comparison
 from elfdiff.image import R_X86_64_64, R_X86_64_IRELATIVE, SYMBOL_VALUES, Addresses, Kind, Slot
 from elfdiff.linkage_x86_64 import SlotName, slot_name
 from elfdiff.patchobject import FIRST_IMPORT, OLD_IMAGE, PATCH_IMAGE, Import
-from elfdiff.variables import NewVariable, OldVariable, Variables
+from elfdiff.survivors import surviving_constant
+from elfdiff.variables import NewVariable, OldVariable, Variables, object_at
 
 MIN_ALIGNMENT = 16
 """An unknown constant named by an immediate must begin at such an address or behind a zero byte."""
@@ -206,9 +207,15 @@ class Resolver:
     def _adjacent(self, first: int, second: int) -> bool:
         """Data of the same kind of section with nothing named between."""
         following = bisect.bisect_right(self._named, first)
-        if following == len(self._named) or self._named[following] != second:
+        if following == len(self._named) or self._named[following] != second or self._ends_before(first, second):
             return False
         return self.new.image.kind_at(first) in _OWNABLE and self.new.image.kind_at(second) in _OWNABLE
+
+    def _ends_before(self, first: int, second: int) -> bool:
+        """By its symbol an object has ended before the second address, which is then not its end."""
+        symbols = self.new.image.symbols
+        index = object_at(symbols, first) if symbols.complete else None
+        return index is not None and int(symbols.values[index] + symbols.sizes[index]) < second
 
     @cached_property
     def _named(self) -> list[int]:
@@ -227,6 +234,17 @@ class Resolver:
         for row in rows:
             del found[row]
             self._note(row, f"it may be a variable or the end of the one at {other:#x}")
+
+    def may_be_end(self, function: int, target: int) -> bool:
+        """A function takes the address of what lies before the target, too: the target may be the end of that.
+
+        Of a string nobody takes the end but by its length.
+        """
+        references, image = self.new.references, self.new.image
+        rows = range(int(references.first[function]), int(references.last[function]))
+        before = {int(references.target[row]) for row in rows if self._takes_address(row)}
+        before = {first for first in before if self._adjacent(first, target)}
+        return any(image.read(first, target - first).rstrip(b"\0") != image.string_at(first) for first in before)
 
     def note_slot(self, place: int, target: int, why: str) -> None:
         """Note a pointer slot of owned data that leads nowhere known."""
@@ -413,6 +431,9 @@ class Resolver:
         known = comparison.addresses.certain(target)
         if known is not None and comparison.constants.same(known, target) and not self._holds_labels(target):
             return Place(OLD_IMAGE, known)
+        survived = surviving_constant(comparison, target)
+        if survived is not None:
+            return Place(OLD_IMAGE, survived)
         self.owned.constants[target] = self._constant_end(target)
         return Place(PATCH_IMAGE, target)
 

@@ -48,6 +48,7 @@ RULES: tuple[Rule, ...] = (
     calling.exported_prototypes,
     calling.removed_callers,
     addresses.ambiguous_functions,
+    addresses.known_by_address,
     entries.coroutines,
     startup.new_imports,
     addresses.new_variables,

@@ -9,6 +9,7 @@ import numpy as np
 
 from elfdiff.code import LEA, FieldKind
 from elfdiff.findings.places import MANY, functions, name_at, where
+from elfdiff.identity_x86_64 import compared_addresses
 from elfdiff.image import STT_OBJECT, Image, Kind, SymbolTable
 from elfdiff.patchbuild import Draft
 from elfdiff.patchobject import Finding, Severity
@@ -17,18 +18,17 @@ from elfdiff.variables import object_at
 
 def unbound_references(draft: Draft) -> Iterator[Finding]:
     """A reference of the new code for which no evidence says what it names in the running program."""
-    names = draft.comparison.new.names
-    by_target: dict[int, set[str]] = defaultdict(set)
+    by_target: dict[int, set[int]] = defaultdict(set)
     why: dict[int, str] = {}
     resized = {target for target, _, _ in resized_variables(draft)}
     for item in draft.resolver.unbound:
         if item.target not in resized:
-            by_target[item.target].add(names[item.function] if item.function >= 0 else "data")
+            by_target[item.target].add(item.function)
             why[item.target] = item.why
     if by_target:
         places = [
-            f"{where(draft.comparison.new.image, t)} ({why[t]}) in {', '.join(sorted(by_target[t])[:3])}"
-            for t in sorted(by_target)
+            f"{where(draft.comparison.new.image, t)} ({why[t]}) in {', '.join(_users(draft, by_target[t]))}"
+            for t in sorted(by_target)[:MANY]
         ]
         yield Finding(
             "unpinned-address",
@@ -38,6 +38,11 @@ def unbound_references(draft: Draft) -> Iterator[Finding]:
             "the new code would read or write something else than the running program does",
             "builds with symbols (not stripped) say what the addresses are",
         )
+
+
+def _users(draft: Draft, indices: set[int]) -> tuple[str, ...]:
+    """Some of the functions that name an address; -1 stands for a pointer in data."""
+    return functions(draft, sorted(indices - {-1})[:3]) + (("data",) if -1 in indices else ())
 
 
 def variable_sizes(draft: Draft) -> Iterator[Finding]:
@@ -143,6 +148,27 @@ def ambiguous_functions(draft: Draft) -> Iterator[Finding]:
             functions(draft, doubtful, old=True),
             "their bytes say one thing, what refers to them another; pointers to them may be stored in live data",
             "restart the program",
+        )
+
+
+def known_by_address(draft: Draft) -> Iterator[Finding]:
+    """The new code compares pointers with a constant that differs: stored ones lead to the old constant."""
+    comparison, resolver = draft.comparison, draft.resolver
+    found: dict[int, int] = {}
+    for function in draft.functions:
+        j = comparison.new.function_of(function.new_start)
+        for target in compared_addresses(comparison.new, j):
+            owned = target in resolver.owned.constants and target not in comparison.tables[1]
+            if owned and target in comparison.addresses.old_of and not resolver.may_be_end(j, target):
+                found.setdefault(target, j)
+    if found:
+        yield Finding(
+            "constant-identity",
+            Severity.REFUSE,
+            f"{len(found)} constant(s) that differ are compared by their address",
+            tuple(where(comparison.new.image, t) for t in sorted(found)[:MANY]),
+            "pointers to them that the running program has stored lead to the old ones, and are equal no more",
+            "restart the program; or --allow constant-identity if no such pointer is stored",
         )
 
 

@@ -1,0 +1,74 @@
+"""Objects that code knows by their address: it compares a pointer with it, or takes a distance from it.
+
+A pointer that the running program has stored leads to the old object, whatever the patch brings in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from elfdiff.code import LEA, Code, FieldKind
+
+WINDOW = 16
+"""Instructions behind one that takes an address within which its use is looked for."""
+_COMPARING = frozenset((0x29, 0x2B, 0x39, 0x3B))
+"""sub and cmp between registers and memory, 64 bits wide (Intel SDM volume 2)."""
+_SECOND = 7
+"""Operation of opcode 81 that is cmp; sub is 5."""
+
+
+def compared_addresses(code: Code, function: int) -> Iterator[int]:
+    """Addresses that a function compares something with, or subtracts; an address may come more than once."""
+    references, decoded = code.references, code.decoded
+    for row in range(int(references.first[function]), int(references.last[function])):
+        at = int(references.instruction[row]) - code.base
+        opcode, kind = int(references.opcode[row]), int(references.kind[row])
+        if kind == FieldKind.ABSOLUTE_IMMEDIATE:
+            operation = int(decoded.modrm[at]) >> 3 & 7
+            if opcode in (0x2D, 0x3D) or (opcode == 0x81 and operation in (5, _SECOND)):
+                yield int(references.target[row])
+                continue
+        taken = opcode == LEA or kind in (FieldKind.ABSOLUTE_IMMEDIATE, FieldKind.ABSOLUTE_IMMEDIATE64)
+        if taken and _is_compared(code, function, at):
+            yield int(references.target[row])
+
+
+@cache
+def _disassembler() -> Any:
+    import capstone  # noqa: PLC0415  (87 ms, and few comparisons come here)
+
+    decoder = capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64)
+    decoder.detail = True
+    return decoder
+
+
+def _is_compared(code: Code, function: int, at: int) -> bool:
+    """What the instruction at an offset puts into its register is compared before the register gets another value.
+
+    Read in the order of the addresses; a branch away is not followed.
+    """
+    instructions = code.instructions(function)
+    first = int(np.searchsorted(instructions, at))
+    raw = bytes(code.raw[at : int(instructions[min(first + WINDOW, len(instructions) - 1)])])
+    register = None
+    for instruction in _disassembler().disasm(raw, at):
+        read, written = instruction.regs_access()
+        if register is None:
+            if len(written) != 1:
+                return False
+            (register,) = written
+            continue
+        if instruction.opcode[0] in _COMPARING and register in read and register in _operands(instruction):
+            return True
+        if register in written or instruction.mnemonic == "call":
+            return False
+    return False
+
+
+def _operands(instruction: Any) -> set[int]:
+    """Register operands: not those that make up an address."""
+    return {operand.reg for operand in instruction.operands if operand.type == 1}  # X86_OP_REG
