@@ -43,7 +43,15 @@ class Pair:
 PAIRS = (
     Pair("sshd-u7-u9", "openssh-server", "1:9.2p1-2+deb12u7", "1:9.2p1-2+deb12u9", "usr/sbin/sshd"),
     Pair("sshd-u9-u10", "openssh-server", "1:9.2p1-2+deb12u9", "1:9.2p1-2+deb12u10", "usr/sbin/sshd"),
-)
+    # RESPONSE_CODES grew: arrays of that many entries exist in the running program, indexed by the old numbers.
+    Pair("apache2", "apache2-bin", "2.4.68-1~deb12u1", "2.4.71-1~deb12u1", "usr/sbin/apache2",
+         frozenset({"allocation-size"}), complete=False),
+    # Nodes of plans and steps of expressions have other fields (execnodes.h, execExpr.h), the interpreter of
+    # expressions jumps through labels that live steps hold, the tables of settings and fmgr_builtins have more rows.
+    Pair("postgres", "postgresql-15", "15.18-0+deb12u1", "15.20-0+deb12u1", "usr/lib/postgresql/15/bin/postgres",
+         frozenset({"struct-layout", "allocation-size", "label-table", "initial-value", "exported-symbol"}),
+         complete=False),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
