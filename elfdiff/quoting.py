@@ -14,6 +14,7 @@ CONTEXT = 16
 """Characters in front of the first difference of two long strings that are shown."""
 MAX_BYTES = 16
 
+_CONTROLS_OF_TEXT = dict.fromkeys(map(ord, "\n\t\r\x1b\b\f\a\v"))
 _ESCAPES = {"\n": "\\n", "\t": "\\t", "\r": "\\r", "\\": "\\\\", '"': '\\"', "\0": "\\0"}
 
 
@@ -37,14 +38,15 @@ def is_text(raw: bytes) -> bool:
         text = raw.decode()
     except UnicodeDecodeError:
         return False
-    return bool(text) and all(c.isprintable() or c in "\n\t\r\x1b\b\f\a\v" for c in text)
+    return bool(text) and text.translate(_CONTROLS_OF_TEXT).isprintable()
 
 
 def quote(raw: bytes, start: int = 0) -> str:
     """A string in double quotes from character ``start`` on, at most ``MAX_QUOTED`` characters of it."""
     text = raw.decode("utf-8", "surrogateescape")
     shown = text[start : start + MAX_QUOTED]
-    escaped = "".join(_ESCAPES.get(c) or printable(c) for c in shown)
+    plain = shown.isprintable() and "\\" not in shown and '"' not in shown
+    escaped = shown if plain else "".join(_ESCAPES.get(c) or printable(c) for c in shown)
     return f'{"…" if start else ""}"{escaped}"{"…" if start + MAX_QUOTED < len(text) else ""}'
 
 

@@ -26,6 +26,8 @@ MANY = 8
 MAX_STEPS = 64
 """Segments that are walked from a blamed constant to the one that differs."""
 WORD = 8
+MAX_COMPARED = 1 << 16
+"""Bytes of one constant in which the first difference is looked for."""
 
 
 def collect(draft: Draft, joined: dict[int, int]) -> tuple[FunctionEvidence, ...]:
@@ -46,6 +48,7 @@ class _Collector:
         self.draft, self.joined = draft, joined
         self.comparison: Comparison = draft.comparison
         self.naming = Naming(self.comparison, draft.resolver)
+        self.first: dict[tuple[int, int], tuple[int, str, str] | None] = {}  # segment -> what differs first in it
 
     def run(self) -> tuple[FunctionEvidence, ...]:
         members = [self.comparison.new.function_of(f.new_start) for f in self.draft.functions]
@@ -216,22 +219,49 @@ class _Collector:
 
     def _in_segment(self, segment: Segment, root: int) -> tuple[str, str]:
         """The pointer or word of a segment that differs first, with its offset from ``root``, the whole constant."""
+        key = segment.old, segment.new
+        if key not in self.first:
+            self.first[key] = self._first_difference(segment)
+        found = self.first[key]
+        if found is not None:
+            offset, old, new = found
+            at = segment.old + offset - root
+            return f"+{at:#x}: {old}", f"+{at:#x}: {new}"
+        if segment.size > MAX_COMPARED:
+            return "", ""
+        return f"{segment.old + segment.size - root} bytes", "another length"
+
+    def _first_difference(self, segment: Segment) -> tuple[int, str, str] | None:
+        """(offset, old, new) of the first pointer or word that differs."""
         first, second = self.comparison.old.image, self.comparison.new.image
-        size = max(segment.size, 1)
+        size = segment.size
         slots = {place - segment.old for place in _slots(first, segment.old, size)}
         slots |= {place - segment.new for place in _slots(second, segment.new, size)}
         raw = first.read(segment.old, size), second.read(segment.new, size)
-        for offset in range(0, size, WORD):
-            at = segment.old + offset - root
+        for offset in range(0, min(size, MAX_COMPARED), WORD):
             if offset in slots:
                 a, b = first.pointer_at(segment.old + offset), second.pointer_at(segment.new + offset)
+                if a is not None and b is not None and self._paired(a, b):
+                    continue
                 old = "no pointer" if a is None else self.naming.old_address(a)
                 new = "no pointer" if b is None else self.naming.new_address(b)
             else:
                 old, new = (hexadecimal(side[offset : offset + WORD]) for side in raw)
             if old != new:
-                return f"+{at:#x}: {old}", f"+{at:#x}: {new}"
-        return f"{segment.old + size - root} bytes", "another length"
+                return offset, old, new
+        return None
+
+    def _paired(self, a: int, b: int) -> bool:
+        """Whether two pointers are known to lead to the same thing; the rest is told by its name."""
+        comparison = self.comparison
+        if (a, b) in comparison.constants.differing:
+            return False
+        known = comparison.addresses.old_of.get(b)
+        if known is not None and known[0] == a:
+            return True
+        i, j = comparison.old.function_of(a), comparison.new.function_of(b)
+        starts = i >= 0 and j >= 0 and comparison.old.starts[i] == a and comparison.new.starts[j] == b
+        return bool(starts) and int(comparison.matching.new_of[i]) == j
 
 
 def _slots(image: Image, start: int, size: int) -> list[int]:
