@@ -9,7 +9,7 @@ SEED ?= 1
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo test test-real soak lint clean
+.PHONY: help demo test test-real soak matrix lint clean
 .DEFAULT_GOAL := help
 
 help: ## list what make can do
@@ -35,6 +35,10 @@ fuzz: ROUNDS = 10000
 fuzz: $(VENV)/.development ## damaged ELF files through diff, 10000 of them (ROUNDS=n, SEED=n to replay)
 	@bash .ci/tools all
 	@$(RUN) -m tests.fuzz --rounds $(ROUNDS) --seed $(SEED)
+
+matrix: $(VENV)/.development ## every shape of code and data in every build, patched live (half an hour)
+	@bash .ci/tools all
+	@LIVEGRAFT_MATRIX=1 $(RUN) -m pytest -s tests/live/test_coverage_shapes.py -k no_build_of_a_shape $(ARGS)
 
 lint: $(VENV)/.development ## check style and types
 	@$(RUN) -m ruff check .
