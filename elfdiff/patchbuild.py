@@ -17,6 +17,7 @@ from elfdiff.handlerlinks import relocate_handlers
 from elfdiff.image import PAGE, Addresses, Image, Kind
 from elfdiff.layout_x86_64 import LayoutTraces, layout_traces
 from elfdiff.patchobject import (
+    ENTRY_JUMP_SIZE,
     PATCH_IMAGE,
     RELOCATION_DTYPE,
     Build,
@@ -229,7 +230,11 @@ def build_of(image: Image) -> Build:
 def _checked(result: Draft) -> tuple[CheckedRange, ...]:
     """The old bytes that the patch stands on: functions it replaces, functions and stubs it calls."""
     old = result.comparison.old
-    ranges = {f.old_start: (f.name, f.old_size) for f in result.functions if f.old_start is not None and f.old_size}
+    ranges = {
+        f.old_start: (f.name, max(f.old_size, ENTRY_JUMP_SIZE) if f.entry_jump else f.old_size)
+        for f in result.functions
+        if f.old_start is not None and f.old_size
+    }
     for address in result.resolver.used_code:
         function = old.function_of(address)
         if function >= 0:

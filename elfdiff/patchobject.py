@@ -19,6 +19,10 @@ FORMAT_VERSION = 2
 """Raised whenever a reader of the old format would misunderstand the new one."""
 
 
+ENTRY_JUMP_SIZE = 5
+"""Bytes that an entry jump takes (``jmp rel32``)."""
+
+
 class RelocationType(IntEnum):
     """How a field is written: numbers and formulas of the psABI (x86-64 ABI 1.0, section 4.4.1)."""
 

@@ -25,6 +25,7 @@ from elfdiff.patchobject import (
     Segment,
     Severity,
 )
+from trampolines.entry_x86_64 import ENTRY_JUMP_SIZE
 
 from .memory import Memory
 from .modules import Module, find_module
@@ -141,7 +142,8 @@ def _require_checked(function: PatchFunction, checked: Sequence[CheckedRange]) -
     start, size = function.old_start, function.old_size
     if start is None or size is None:
         raise _unsound(f"the function {function.name} has an entry jump and no old address")
-    if not any(item.start <= start and start + size <= item.start + item.size for item in checked):
+    end = start + max(size, ENTRY_JUMP_SIZE)  # what is padding behind a short function is overwritten, too
+    if not any(item.start <= start and end <= item.start + item.size for item in checked):
         raise _unsound(f"the old bytes of the function {function.name} are not among those to be checked")
 
 

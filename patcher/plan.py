@@ -20,7 +20,7 @@ from .binding import PF_X, Binding, overlay
 from .forbidden import ForbiddenRange
 from .lookups import WordWrite, hook_writes, unhook_writes
 from .modules import Module
-from .record import Contents, JournalEntry, Record, State, state_word
+from .record import Contents, JournalEntry, Record, RecordedFunction, State, state_word
 
 ReadBytes = Callable[[Sequence[tuple[int, int]]], list[bytes]]
 """Return the bytes of every (absolute address, size): Memory.read_many."""
@@ -157,14 +157,8 @@ def _jump(name: str, address: int, target: int) -> bytes:
 
 
 def _require_room(name: str, address: int, size: int, module: Module) -> None:
-    if not (module.low <= address and address + size <= module.high):
+    if not (module.low <= address and address + max(size, ENTRY_JUMP_SIZE) <= module.high):
         raise Refused(f"the function {name} lies outside of {module.path}", why=f"its address would be {address:#x}")
-    if size < ENTRY_JUMP_SIZE:
-        raise Refused(
-            f"the function {name} is too short to be redirected",
-            why=f"it has {size} bytes at {address:#x}, an entry jump needs {ENTRY_JUMP_SIZE}",
-            next_step="restart the program instead",
-        )
     if address % _PAGE > _PAGE - ENTRY_JUMP_SIZE:
         raise Refused(
             f"the function {name} cannot be redirected safely",
@@ -303,10 +297,16 @@ def _require_known(address: int, held: bytes, known: set[bytes]) -> None:
 def _old_ranges(contents: Contents) -> list[ForbiddenRange]:
     """The old code of every patched function."""
     return [
-        ForbiddenRange(function.name, function.old_start, function.old_start + function.old_size)
+        ForbiddenRange(function.name, function.old_start, function.old_start + _taken(function))
         for function in contents.functions
         if function.old_start is not None and function.old_size
     ]
+
+
+def _taken(function: RecordedFunction) -> int:
+    """Bytes of an old function, with the padding that its entry jump takes where it is shorter than that."""
+    size = function.old_size or 0
+    return max(size, ENTRY_JUMP_SIZE) if function.entry_jump else size
 
 
 def _ranges(contents: Contents) -> list[ForbiddenRange]:

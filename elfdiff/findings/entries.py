@@ -7,39 +7,50 @@ from collections.abc import Iterator
 import numpy as np
 
 from elfdiff.findings.places import MANY, functions, where
+from elfdiff.image import PAGE
 from elfdiff.jumptables_x86_64 import kept_labels
 from elfdiff.patchbuild import Draft
-from elfdiff.patchobject import Finding, PatchFunction, Severity
+from elfdiff.patchobject import ENTRY_JUMP_SIZE, Finding, PatchFunction, Severity
 
-ENTRY_JUMP_SIZE = 5
-"""Bytes of a ``jmp rel32``."""
 STACK_SWITCHERS = frozenset(("makecontext", "swapcontext", "setcontext"))
 
 
 def short_entries(draft: Draft) -> Iterator[Finding]:
     """An old function with no room for the entry jump."""
     old = draft.comparison.old
-    places = []
-    for function in draft.functions:
-        short = function.entry_jump and (function.old_size or 0) < ENTRY_JUMP_SIZE
-        if short and not _padded(draft, function):
-            places.append(f"{function.name} ({function.old_size} bytes at {function.old_start or 0:#x})")
+    places = [
+        f"{function.name} ({why}, at {function.old_start:#x})"
+        for function in draft.functions
+        if function.entry_jump and (why := _no_room(draft, function))
+    ]
     if places:
         yield Finding(
             "short-function",
             Severity.REFUSE,
-            f"{len(places)} function(s) of {old.image.name} are shorter than the entry jump",
+            f"{len(places)} function(s) of {old.image.name} have no room for the entry jump",
             tuple(places[:MANY]),
-            "the jump would overwrite the function behind",
+            "the jump would overwrite the function behind, or could be left half written by a death of livegraft",
             "restart the program",
         )
 
 
+def _no_room(draft: Draft, function: PatchFunction) -> str | None:
+    assert function.old_start is not None and function.old_size is not None
+    if function.old_start % PAGE > PAGE - ENTRY_JUMP_SIZE:
+        return "it begins at the end of a page"  # two pages are written one after the other
+    if function.old_size < ENTRY_JUMP_SIZE and not _padded(draft, function):
+        return f"{function.old_size} bytes"
+    return None
+
+
 def _padded(draft: Draft, function: PatchFunction) -> bool:
-    """The bytes behind a short function up to the jump's end are padding that nothing names."""
+    """The bytes behind a short function up to the jump's end are padding of its section that nothing names."""
     old = draft.comparison.old
     assert function.old_start is not None and function.old_size is not None
     end, need = function.old_start + function.old_size, function.old_start + ENTRY_JUMP_SIZE
+    section = old.image.section_at(function.old_start)
+    if section is None or need > section.end:
+        return False
     named = old.referenced
     first, last = np.searchsorted(named, [end, need])
     at = end - old.base
