@@ -53,11 +53,15 @@ class Running:
         assert line, f"the program has died: {self._process.wait()}"
         return line.rstrip("\n")
 
+    def say(self, words: str) -> str:
+        """Send a line; the next line of the program."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{words}\n")
+        return self._line()
+
     def ask(self, question: int) -> str:
         """The answer. Fails where the program's own count is not that of the questions."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{question}\n")
-        count, _, answer = self._line().partition(" ")
+        count, _, answer = self.say(str(question)).partition(" ")
         assert int(count) == self.counted, "its state did not go on"
         self.counted += 1
         return answer
