@@ -194,13 +194,18 @@ class Code:
         return tuple(known.get(start, hex(start)) for start in self.starts.tolist())
 
 
-def load_code(image: Image) -> Code:
-    """Find and decode the functions of an image. Raises BadInput or Refused as ``read_fde_table`` does."""
+def code_bytes(image: Image) -> tuple[int, NDArray[np.uint8]]:
+    """Address and bytes of what lies from the first section of code to the last. Raises Refused where there is none."""
     text = [s for s in image.sections if s.kind in (Kind.TEXT, Kind.PLT)]
     if not any(s.kind is Kind.TEXT for s in text):
         raise Refused(f"{image.path}: no section holds code", next_step="name a program or a shared library")
     base, high = min(s.start for s in text), max(s.end for s in text)
-    raw = image.memory[base - image.base : high - image.base]
+    return base, image.memory[base - image.base : high - image.base]
+
+
+def load_code(image: Image) -> Code:
+    """Find and decode the functions of an image. Raises BadInput or Refused as ``read_fde_table`` does."""
+    base, raw = code_bytes(image)
     decoded = decode(raw)
     starts, ends, has_unwind, has_lsda = _bounds(image, raw, decoded, base)
     is_start, final = instruction_starts(decoded.length, starts - base, ends - base)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from elfdiff.cache import Cache
 from elfdiff.closure import joined
 from elfdiff.code import Code, load_code
 from elfdiff.comparison import Comparison, changed_functions, compare
@@ -32,12 +33,14 @@ The larger one's, since programs of one package share a library of their own (ls
 class Options:
     """``lines``: include functions that differ in line numbers only; ``allow``: finding codes that only warn.
 
-    ``debug_dirs`` are searched for separate debug files, before the system's own.
+    ``debug_dirs`` are searched for separate debug files, before the system's own. ``cache``: the folder where
+    analyses are kept, None for none.
     """
 
     lines: bool = False
     allow: frozenset[str] = frozenset()
     debug_dirs: tuple[Path, ...] = ()
+    cache: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,8 @@ class Analysis:
 def diff(old_path: Path, new_path: Path, options: Options) -> PatchObject:
     """Make a patch object from two builds; its id is set when it is written.
 
-    Raises BadInput (no ELF files, two different programs, damaged debug information), NothingToPatch, or Refused with
-    the findings.
+    Raises BadInput (no ELF files, two different programs, damaged debug information), NotPermitted (the cache),
+    NothingToPatch, or Refused with the findings.
     """
     result = analyse(old_path, new_path, options)
     if result.error is not None:
@@ -83,7 +86,7 @@ def analyse(old_path: Path, new_path: Path, options: Options) -> Analysis:
     if incomparable is not None:
         return Analysis(*builds, incomparable, None, {}, ())
     try:
-        old, new = load_code(old_image), load_code(new_image)
+        old, new = _codes(old_image, new_image, options)
     except Refused as no_code:
         return Analysis(*builds, no_code, None, {}, ())
     comparison = compare(old, new)
@@ -133,6 +136,13 @@ def _load(path: Path, options: Options) -> tuple[Image, DebugInfo | None]:
     if file.separate and not image.symbols.complete:
         image = replace(image, symbols=debug_symbols(file) or image.symbols)
     return image, DebugInfo(file) if file.described else None
+
+
+def _codes(old: Image, new: Image, options: Options) -> tuple[Code, Code]:
+    if options.cache is None:
+        return load_code(old), load_code(new)
+    with Cache(options.cache) as cache:
+        return cache.code(old), cache.code(new)
 
 
 def _refused(what: str, refusals: tuple[Finding, ...]) -> Refused:

@@ -11,6 +11,7 @@ source lines.
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,29 @@ def add_comparison(parser: argparse.ArgumentParser | argparse._ArgumentGroup) ->
         metavar="CODE",
         help="let the finding CODE warn where it would refuse (may be repeated): " + ", ".join(LIFTABLE),
     )
+    keeping = parser.add_mutually_exclusive_group() if isinstance(parser, argparse.ArgumentParser) else parser
+    keeping.add_argument(
+        "--cache-dir",
+        type=Path,
+        metavar="DIR",
+        help="keep analyses of builds here (default: $LIVEGRAFT_CACHE, else livegraft in $XDG_CACHE_HOME or ~/.cache)",
+    )
+    keeping.add_argument("--no-cache", action="store_true", help="neither read nor keep analyses")
+
+
+def cache_folder(arguments: argparse.Namespace) -> Path | None:
+    """Where analyses of builds are kept; None where they are not."""
+    from elfdiff.cache import can_keep
+
+    if arguments.no_cache:
+        return None
+    named = arguments.cache_dir or os.environ.get("LIVEGRAFT_CACHE")
+    if named:
+        return Path(named)
+    home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("HOME", "") + "/.cache"
+    folder = Path(home) / "livegraft"
+    # XDG Base Directory Specification: relative paths are to be ignored.
+    return folder if folder.is_absolute() and can_keep(folder) else None
 
 
 def comparison_options(arguments: argparse.Namespace) -> Options:
@@ -60,7 +84,8 @@ def comparison_options(arguments: argparse.Namespace) -> Options:
     unknown = sorted(set(arguments.allow) - set(LIFTABLE))
     if unknown:
         raise BadInput(f"--allow {unknown[0]}: no such liftable finding", next_step=f"one of: {', '.join(LIFTABLE)}")
-    return Options(arguments.lines, frozenset(arguments.allow), tuple(arguments.debug_dir))
+    dirs, cache = tuple(arguments.debug_dir), cache_folder(arguments)
+    return Options(arguments.lines, frozenset(arguments.allow), dirs, cache)
 
 
 def run(arguments: argparse.Namespace) -> Report:
