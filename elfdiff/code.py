@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from elfdiff.decode_x86_64 import Decoded, RefKind, decode, instruction_starts
 from elfdiff.ehframe import FdeTable, read_fde_table, scan_eh_frame
 from elfdiff.errors import BadInput, Refused
+from elfdiff.exceptiontables import UnwindTables
 from elfdiff.image import Addresses, Image, Kind
 
 LEA = 0x8D
@@ -150,11 +151,16 @@ class Code:
         return inside & self.is_start[np.clip(offsets, 0, len(self.is_start) - 1)]
 
     @cached_property
+    def unwind(self) -> UnwindTables:
+        """The exception tables of the functions."""
+        return UnwindTables(self)
+
+    @cached_property
     def referenced(self) -> Addresses:
         """Every address that code or a pointer slot of the image names or that it exports, sorted, no repetition."""
         exported = np.array(list(self.image.exports.values()), np.int64)
         named = self.references.target[~self.references.internal]
-        return np.unique(np.concatenate([named, self.image.relative_targets, exported]))
+        return np.unique(np.concatenate([named, self.image.relative_targets, exported, self.unwind.slots]))
 
     @cached_property
     def may_be_data(self) -> NDArray[np.bool_]:

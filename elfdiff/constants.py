@@ -196,6 +196,12 @@ _TEXT = bytes(byte for byte in range(256) if byte >= 0x20 or byte in b"\t\n\r\x1
 """Bytes of text in any encoding that a program is likely to hold."""
 
 
+def _holds(addresses: Addresses, address: int) -> bool:
+    """Whether an address is one of those (sorted)."""
+    index = int(np.searchsorted(addresses, address))
+    return index < len(addresses) and int(addresses[index]) == address
+
+
 class _Comparer:
     def __init__(
         self,
@@ -252,8 +258,8 @@ class _Comparer:
         if loaded and size > MAX_LOAD:
             size, whole = MAX_LOAD - (o % 8 if o % 8 == n % 8 else 0), True  # no pointer slot is cut in two
         reach = size if whole and (common or size < min(left, right)) else 0
-        if self._crosses(o, n):
-            reach = 0
+        if self._crosses(o, n) or _holds(self.old.code.unwind.slots, o + size):
+            reach = 0  # what only exception tables name is compared with them
         if reach:
             self.todo.append((o + size, n + size))
         equal = size > 0 and self._same(o, n, size)

@@ -8,7 +8,7 @@ references of instructions, and where they go through a slot, the slot is.
 from __future__ import annotations
 
 from elfdiff.comparison import Comparison
-from elfdiff.handlers import Handlers
+from elfdiff.exceptiontables import Handlers
 from elfdiff.lsda import EncodedPointer
 from elfdiff.patchobject import PATCH_IMAGE, RelocationType
 from elfdiff.resolution import Place, Resolver, Unbound

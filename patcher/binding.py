@@ -31,7 +31,7 @@ from .memory import Memory
 from .modules import Module, find_module
 from .record import Record, State
 from .scope import require_libraries, resolve, search_scope
-from .unwinders import LookupSlot, link_map_of, lookup_slots
+from .unwinders import LookupSlot, link_map_of, lookup_slots, require_unwinder
 
 PF_X, PF_W, PF_R = 1, 2, 4
 _PAGE = 4096
@@ -97,14 +97,8 @@ def bind(patch: PatchObject, loaded: Sequence[Module], memory: Memory, records: 
     if patch.eh_frame_hdr is None:
         return Binding(patch, module, imports)
     lookups = lookup_slots(loaded, memory)
-    if patch.exceptions and not lookups:
-        raise Refused(
-            "exceptions: no image of the process looks up unwind tables in a way that is known",
-            why="C++ exceptions may pass through the changed functions, and a statically linked or unknown unwinder "
-            "would not find their handlers",
-            next_step="restart the program; or, if no exception passes through these functions, make the patch with "
-            "--allow exceptions",
-        )
+    if patch.exceptions:
+        require_unwinder(lookups, loaded, memory)
     return Binding(patch, module, imports, lookups, link_map_of(module, loaded, memory))
 
 

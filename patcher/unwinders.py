@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from elfdiff.errors import LivegraftError
+from elfdiff.errors import LivegraftError, Refused
 
 from .forbidden import ForbiddenRange
 from .memory import Memory
@@ -25,6 +25,7 @@ FIND_OBJECT, ITERATE = "_dl_find_object", "dl_iterate_phdr"
 _VERSIONS = {FIND_OBJECT: ("GLIBC_2.35", ""), ITERATE: ("GLIBC_2.2.5", "")}
 """As glibc for x86-64 names them; musl has no versions."""
 _FILLED = (6, 7)  # R_X86_64_GLOB_DAT, R_X86_64_JUMP_SLOT (psABI, 4.4.1)
+_LOADS_UNWINDER = ("pthread_cancel", "pthread_exit")
 _MAX_LINK_MAP = 4096
 _PF_X = 1
 _STUB = 16
@@ -54,6 +55,34 @@ def lookup_slots(loaded: Sequence[Module], memory: Memory) -> tuple[LookupSlot, 
     """
     found = [slot for module in loaded for slot in _of_module(module, loaded, memory)]
     return tuple(sorted(found, key=lambda slot: slot.address))
+
+
+def require_unwinder(slots: Sequence[LookupSlot], loaded: Sequence[Module], memory: Memory) -> None:
+    """Raise Refused where an exception may pass and an unwinder of the process would not find its handlers.
+
+    Either there is none that looks them up through ``slots``, or one more would be loaded later: the C library loads
+    libgcc_s itself when a thread is first cancelled or ends itself (glibc, misc/unwind-link.c).
+    """
+    step = "restart the program; or, if no exception passes through these functions, make the patch with "
+    if not slots:
+        raise Refused(
+            "exceptions: no image of the process looks up unwind tables in a way that is known",
+            why="exceptions may pass through the changed functions, and an unwinder that is linked in statically, or "
+            "not loaded yet, would not find their handlers",
+            next_step=step + "--allow exceptions",
+        )
+    tables = [DynamicSymbols(module, memory) for module in loaded]
+    if any(table.soname.startswith("libgcc_s.so") for table in tables):
+        return
+    for table in tables:
+        for name in _LOADS_UNWINDER:
+            if table.mentions(name) and next(table.definitions(name), None) is None:
+                raise Refused(
+                    "exceptions: an unwinder that the process may need is not loaded yet",
+                    why=f"{table.module.name} calls {name}, which loads libgcc_s; that would not find the handlers of "
+                    "the changed functions",
+                    next_step=step + "--allow exceptions",
+                )
 
 
 def link_map_of(module: Module, loaded: Sequence[Module], memory: Memory) -> int:

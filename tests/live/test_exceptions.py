@@ -1,0 +1,197 @@
+"""C++ exceptions thrown in, caught in, and passing through patched functions."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import pytest
+
+from elfdiff.diff import Options, diff
+from elfdiff.errors import Busy, Refused
+from elfdiff.patchobject import Reason
+from fixtures.intact import altered_code
+from patcher.memory import Memory
+from patcher.modules import modules
+from patcher.proc import mapping_over, mappings
+from patcher.transaction import apply, revert
+from patcher.unwinders import lookup_slots
+from tests.compile import Compiler
+from tests.live.grafting import Running, patch_for, there_and_back
+from tests.live.throwing import ASKED, BACKTRACE, CHANGED, TYPES, UNVERSIONED, everything, program
+
+pytestmark = pytest.mark.root
+
+CPP = ("-std=gnu++17", "-fexceptions", "-pthread")
+BUNDLED = ("-static-libgcc", "-static-libstdc++")
+BUILDS = {
+    "gcc -O2": ("g++", "pie", ("-O2",)),
+    "gcc -O0": ("g++", "pie", ("-O0",)),
+    "gcc fixed -O2": ("g++", "no-pie", ("-O2",)),
+    "gcc fixed -O0": ("g++", "no-pie", ("-O0",)),
+    "gcc bundled": ("g++", "pie", ("-O2", *BUNDLED)),
+    "gcc bound at start": ("g++", "pie", ("-O1", "-Wl,-z,now")),
+    "gcc protected": ("g++", "pie", ("-Os", "-fcf-protection=full")),
+    "clang -O2": ("clang++", "pie", ("-O2",)),
+    "clang -O0": ("clang++", "pie", ("-O0",)),
+    "clang fixed -O2": ("clang++", "no-pie", ("-O2",)),
+    "clang bundled": ("clang++", "no-pie", ("-O0", *BUNDLED)),
+    "clang lld": ("clang++", "pie", ("-O2", "-fuse-ld=lld")),
+}
+
+
+@pytest.fixture(scope="session")
+def compiled(cache_folder: Path) -> Compiler:
+    return Compiler(cache_folder / "compiled")
+
+
+def built(compiled: Compiler, sources: dict[str, str], *flags: str, link: str = "pie", cc: str = "g++") -> Path:
+    return compiled(sources, *CPP, *flags, link=link, cc=cc)
+
+
+COLD = ("gcc -O2", "gcc fixed -O0", "gcc bundled", "gcc bound at start", "clang lld")
+"""Builds in which the first exception of all is thrown when the patch is in force: slots are not bound yet."""
+
+
+@pytest.mark.parametrize(("name", "warm"), [(name, name not in COLD) for name in BUILDS], ids=str)
+def test_exceptions_are_thrown_caught_and_pass(name: str, warm: bool, compiled: Compiler, tmp_path: Path) -> None:
+    cc, link, flags = BUILDS[name]
+    bundled = "-static-libgcc" in flags
+    sources = (everything(version, cancels=not bundled) for version in (1, 2))
+    old, new = (built(compiled, source, *flags, link=link, cc=cc) for source in sources)
+    patch = patch_for(old, new, tmp_path)
+    asked = [n for n in ASKED if n != BACKTRACE or not bundled]  # backtrace(3) loads another unwinder
+    with Running([old]) as fresh, Running([new]) as renewed:
+        before, after = fresh.ask(*asked), renewed.ask(*asked)
+    assert [b - a for a, b in zip(before, after, strict=True)] == [0 if n in UNVERSIONED else 1000 for n in asked]
+    with Running([old]) as program:
+        if warm:
+            assert program.ask(*asked) == before
+        for _ in range(2):
+            apply(program.pid, patch)
+            assert program.ask(*asked) == after
+            revert(program.pid)
+            assert program.ask(*asked) == before
+        assert altered_code(program.pid) == []
+        assert slots_of(program.pid) == "plain"
+
+
+def slots_of(pid: int) -> str:
+    """Whether the slots through which unwind tables are looked up lead to the C library, or to a patch."""
+    with Memory(pid) as memory:
+        slots = lookup_slots(modules(mappings(pid), memory), memory)
+        own = {item.start for item in mappings(pid) if "memfd:livegraft" in item.path}
+        return "patched" if any(mapping_over(mappings(pid), s.value, 1).start in own for s in slots) else "plain"
+
+
+def test_an_unwinder_that_would_be_loaded_later_is_a_reason_to_refuse(compiled: Compiler, tmp_path: Path) -> None:
+    """pthread_cancel(3) loads libgcc_s when it is first called, whatever unwinder the program has itself."""
+    old, new = (built(compiled, everything(version), "-O2", *BUNDLED) for version in (1, 2))
+    patch = patch_for(old, new, tmp_path)
+    with Running([old]) as program:
+        with pytest.raises(Refused, match=r"exceptions: .* is not loaded yet"):
+            apply(program.pid, patch)
+        assert altered_code(program.pid) == []
+
+
+IN_FLIGHT = TYPES + """
+static std::exception_ptr kept;
+SEPARATE void keep() { try { thrower(2); } catch (...) { kept = std::current_exception(); } }
+SEPARATE long caught() { try { std::rethrow_exception(kept); } catch (const Base &b) { return VERSION + b.tell(); } }
+"""
+
+
+def test_an_exception_thrown_before_the_patch_is_caught_by_it_and_after_it(compiled: Compiler, tmp_path: Path) -> None:
+    old, new = (built(compiled, program(IN_FLIGHT, KEPT, VERSION=str(v))) for v in (100, 200))
+    patch = patch_for(old, new, tmp_path)
+    with Running([old]) as running:
+        assert running.ask(0, 1) == [1, 102]
+        apply(running.pid, patch)
+        assert running.ask(1, 0, 1) == [202, 1, 202]
+        revert(running.pid)
+        assert running.ask(1) == [102]
+
+
+KEPT = "if (n) return caught(); keep(); return 1;"
+OTHER_TYPE = TYPES + """
+SEPARATE long caught(long n) { try { thrower(n); } catch (const TYPE &) { return 10; } return 0; }
+SEPARATE long outer(long n) { try { return caught(n); } catch (...) { return 20; } }
+"""
+
+
+@pytest.mark.parametrize("link", ["pie", "no-pie"])
+@pytest.mark.parametrize("cc", ["g++", "clang++"])
+def test_another_type_is_caught_by_the_same_instructions(
+    cc: str, link: str, compiled: Compiler, tmp_path: Path
+) -> None:
+    types = ("Base", "Derived", "Plain")
+    builds = [
+        built(compiled, program(OTHER_TYPE, "return outer(n);", TYPE=name), cc=cc, link=link) for name in types
+    ]
+    for build, expected in zip(builds[1:], ([20, 20, 10], [10, 20, 20]), strict=True):
+        patch = patch_for(builds[0], build, tmp_path)
+        assert patch.functions[0].reason in (Reason.HANDLERS, Reason.CLOSURE)  # its unlikely part may come first
+        assert Reason.CODE not in {function.reason for function in patch.functions}
+        with Running([builds[0]]) as running:
+            there_and_back(running, patch, [20, 10, 10], expected)
+
+
+def test_handlers_that_did_not_change_are_no_change(compiled: Compiler) -> None:
+    """Another function grew, so that all of the tables moved."""
+    old, new = (built(compiled, program(TYPES + CHANGED.replace("VERSION", "1"), MOVED, BY=by)) for by in ("", "n++;"))
+    patch = diff(old, new, Options())
+    assert Reason.HANDLERS not in {function.reason for function in patch.functions}
+    assert len(patch.functions) <= 2  # one, and its unlikely part
+
+
+MOVED = "BY try { catches(n); rethrows(n); passes(n); nests(n); words(n); } catch (...) { return 0; } return n;"
+BUSY = TYPES + """
+static std::atomic<long> done, wrong;
+SEPARATE long risky(long n) {
+    Guard g; std::string s(30, 'x');
+    if (n % 3 == 0) throw Derived("risky");
+    if (n % 3 == 1) thrower(1);
+    try { thrower(0); } catch (const Plain &p) { return VERSION + p.n; }
+    return 0;
+}
+SEPARATE void work() {
+    for (long n = 0; n < 25000; n++, done++)
+        try { long got = risky(n); wrong += got != 105 && got != 205; wrong += n % 3 != 2; }
+        catch (const Base &b) { wrong += b.tell() != (n % 3 == 0 ? 2 : 1); }
+}
+static std::vector<std::thread> threads;
+SEPARATE long command(long n) {
+    if (n == 0) for (int i = 0; i < 4; i++) threads.emplace_back(work);
+    if (n < 2) return done;
+    for (auto &thread : threads) thread.join();
+    return wrong;
+}
+"""
+
+
+@pytest.mark.parametrize("cc", ["g++", "clang++"])
+def test_threads_throw_while_the_patch_comes_and_goes(cc: str, compiled: Compiler, tmp_path: Path) -> None:
+    old, new = (built(compiled, program(BUSY, "return command(n);", VERSION=str(v)), cc=cc) for v in (100, 200))
+    patch = patch_for(old, new, tmp_path)
+    with Running([old]) as running:
+        running.ask(0)
+        rounds = 0
+        while running.ask(1) != [100000]:
+            for step in (lambda: apply(running.pid, patch), lambda: revert(running.pid)):
+                with contextlib.suppress(Busy):
+                    step()
+                    rounds += 1
+        assert running.ask(2) == [0]
+        assert rounds > 1
+
+
+def test_a_static_program_is_refused(compiled: Compiler, tmp_path: Path) -> None:
+    """Its unwinder asks a function that is linked in, through no slot."""
+    old, new = (
+        built(compiled, everything(version), "-Wl,--eh-frame-hdr", link="static", cc="clang++") for version in (1, 2)
+    )
+    patch = patch_for(old, new, tmp_path)
+    with Running([old]) as running:
+        with pytest.raises(Refused, match="exceptions: no image of the process looks up unwind tables"):
+            apply(running.pid, patch)
+        assert altered_code(running.pid) == []
