@@ -54,13 +54,13 @@ def _is_compared(code: Code, function: int, at: int) -> bool:
     instructions = code.instructions(function)
     first = int(np.searchsorted(instructions, at))
     raw = bytes(code.raw[at : int(instructions[min(first + WINDOW, len(instructions) - 1)])])
-    register = None
+    register: str | None = None
     for instruction in _disassembler().disasm(raw, at):
-        read, written = instruction.regs_access()
+        read, written = ({_whole(instruction, r) for r in registers} for registers in instruction.regs_access())
         if register is None:
             if len(written) != 1:
                 return False
-            (register,) = written
+            register = written.pop()
             continue
         if instruction.opcode[0] in _COMPARING and register in read and register in _operands(instruction):
             return True
@@ -69,6 +69,14 @@ def _is_compared(code: Code, function: int, at: int) -> bool:
     return False
 
 
-def _operands(instruction: Any) -> set[int]:
+def _operands(instruction: Any) -> set[str]:
     """Register operands: not those that make up an address."""
-    return {operand.reg for operand in instruction.operands if operand.type == 1}  # X86_OP_REG
+    return {_whole(instruction, operand.reg) for operand in instruction.operands if operand.type == 1}  # X86_OP_REG
+
+
+def _whole(instruction: Any, register: int) -> str:
+    """Name of the 64-bit register of which a register may be the lower half, whose write clears the upper one."""
+    name: str = instruction.reg_name(register)
+    if name.startswith("e") and name != "eflags":
+        return "r" + name[1:]
+    return name.removesuffix("d") if name[:1] == "r" and name[1:2].isdigit() else name

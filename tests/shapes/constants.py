@@ -237,6 +237,78 @@ void answer(int n) {
         refused=frozenset(("constant-identity",)),
     ),
     Shape(
+        "a distance from the beginning of a changed table",
+        r"""
+struct command { const char *name; int cost; };
+static const struct command commands[] = {{"get", 1}, {"set", 2}, {"del", PICK(3, 4)}, {"inc", 4}};
+static const struct command *last;
+SEPARATE const struct command *find(int n) { if (!last) last = &commands[n & 3]; return &commands[n & 3]; }
+SEPARATE long number(const struct command *c) { return c - commands; }
+void answer(int n) {
+    COUNT;
+    const struct command *c = find(n);
+    printf("%ld %ld %s %d", number(c), number(last), c->name, c->cost);
+}
+""",
+        builds=(*USUAL, *FIXED),
+        refused=frozenset(("constant-identity",)),
+    ),
+    Shape(
+        "loops up to the end of a table",
+        r"""
+static const int changed[9] = {1, 2, 3, PICK(4, 5), 5, 6, 7, 8, 9}, steady[9] = {9, 8, 7, 6, 5, 4, 3, 2, 1};
+#define SUM(name, table) SEPARATE int name(int n) { \
+    int s = 0; \
+    for (const int *p = table; p != table + 9; p++) { s = s * 3 + *p; if (s > 100000) printf("."); } \
+    return s + n; }
+SUM(first, changed)
+SUM(second, steady)
+void answer(int n) { COUNT; printf("%d ", first(n)); printf("%d", second(n)); }
+""",
+        builds=(*USUAL, *FIXED),
+    ),
+    Shape(
+        "switches that choose a value",
+        r"""
+SEPARATE const char *text(int n) {
+    switch (n) { case 0: return "a0"; case 1: return "b1"; case 2: return "c2"; case 3: return PICK("d3", "DDD");
+                 case 4: return "e4"; case 5: return "f5"; default: return "g"; }
+}
+SEPARATE double real(int n) {
+    switch (n) { case 0: return 1.5; case 1: return 2.5; case 2: return PICK(3.5, 3.25); case 3: return 9;
+                 case 4: return 7; case 5: return .125; default: return 0; }
+}
+SEPARATE int whole(int n) {
+    switch (n) { case 0: return 11; case 1: return 25; case 2: return PICK(35, 325); case 3: return 9;
+                 case 4: return 7777; case 5: return 125; default: return 0; }
+}
+void answer(int n) { COUNT; printf("%s %g %d", text(n), real(n), whole(n)); }
+""",
+        questions=(0, 1, 2, 3, 4, 5, 6),
+        builds=(*USUAL, *FIXED),
+    ),
+    Shape(
+        "initial values of locals",
+        r"""
+struct wide { int v[12]; const char *n; };
+SEPARATE int first(int n) {
+    struct wide x = {{1, 2, 3, 4, 5, 6, 7, 8, 9, PICK(10, 20), 11, 12}, PICK("x", "yy")};
+    int s = 0;
+    x.v[n % 12] += n;
+    for (int k = 0; k < 12; k++) s = s * 3 + x.v[k];
+    return s + strlen(x.n);
+}
+SEPARATE int second(int n) {
+    int y[8] = {3, 1, 4, 1, 5, 9, 2, 6}, s = 0;
+    y[n & 7]++;
+    for (int k = 0; k < 8; k++) s = s * 5 + y[k];
+    return s;
+}
+void answer(int n) { COUNT; printf("%d %d", first(n), second(n)); }
+""",
+        builds=(*USUAL, *WIDE),
+    ),
+    Shape(
         "wide integers",
         r"""
 typedef unsigned __int128 huge;
