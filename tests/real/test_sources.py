@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from elfdiff.errors import NothingToPatch
 from fixtures import recipes
 from fixtures.source import Built, Recipe, before_and_after
 from tests.real.conftest import available
@@ -63,3 +64,42 @@ def test_tor(source_pair: Callable[[Recipe], tuple[Built, Built]]) -> None:
     assert pair.line_only == pair.truth.line_only
     assert pair.analysis.error is None
     assert pair.analysis.patch().findings == ()
+
+
+XREFS = (
+    "every log call has an object of its own, and its address in an array that start-up code walks; three new ones "
+    "shift the array, and what unchanged functions point to counts as unknown or as another value"
+)
+
+
+@pytest.mark.long
+def test_ospfd(source_pair: Callable[[Recipe], tuple[Built, Built]]) -> None:
+    """CVE-2025-61099_61107.patch: three functions of ospf_ext.c. The library that all daemons share is the same."""
+    pair = judge_sources(*source_pair(recipes.FRR), "ospfd")
+    assert set(pair.truth.changed) == {
+        "ospf_ext.c:ospf_ext_link_show_info",
+        "ospf_ext.c:ospf_ext_pref_show_info",
+        "ospf_ext.c:show_vty_unknown_tlv",
+    }
+    assert not pair.missed
+    assert not pair.removed
+    assert pair.changed.keys() >= pair.truth.changed.keys()
+
+
+@pytest.mark.long
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason=XREFS)
+def test_ospfd_needs_no_refusal(source_pair: Callable[[Recipe], tuple[Built, Built]]) -> None:
+    assert not judge_sources(*source_pair(recipes.FRR), "ospfd").refusals
+
+
+@pytest.mark.long
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason=XREFS)
+def test_ospfd_has_no_more_than_changed(source_pair: Callable[[Recipe], tuple[Built, Built]]) -> None:
+    assert not judge_sources(*source_pair(recipes.FRR), "ospfd").unexplained
+
+
+@pytest.mark.long
+def test_the_library_of_frr_is_the_same(source_pair: Callable[[Recipe], tuple[Built, Built]]) -> None:
+    pair = judge_sources(*source_pair(recipes.FRR), "libfrr.so.0")
+    assert not pair.truth.changed
+    assert isinstance(pair.analysis.error, NothingToPatch)
