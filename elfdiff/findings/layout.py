@@ -60,5 +60,3 @@ def allocation_sizes(draft: Draft) -> Iterator[Finding]:
             "objects that exist already have the old size, and the new code may reach beyond it",
             "restart the program, or --allow allocation-size if no existing object is concerned",
         )
-
-

@@ -77,13 +77,16 @@ def cache_folder(arguments: argparse.Namespace) -> Path | None:
 
 
 def comparison_options(arguments: argparse.Namespace) -> Options:
-    """What ``add_comparison`` asked for. Raises BadInput for a finding that cannot be lifted."""
+    """What ``add_comparison`` asked for. Raises BadInput for an unknown code or folder."""
     from elfdiff.diff import Options
     from elfdiff.errors import BadInput
 
     unknown = sorted(set(arguments.allow) - set(LIFTABLE))
     if unknown:
         raise BadInput(f"--allow {unknown[0]}: no such liftable finding", next_step=f"one of: {', '.join(LIFTABLE)}")
+    missing = [folder for folder in arguments.debug_dir if not folder.is_dir()]
+    if missing:
+        raise BadInput(f"--debug-dir {missing[0]}: no such folder", next_step="name a folder like /usr/lib/debug")
     dirs, cache = tuple(arguments.debug_dir), cache_folder(arguments)
     return Options(arguments.lines, frozenset(arguments.allow), dirs, cache)
 

@@ -83,6 +83,10 @@ def test_what_cannot_be_lifted_is_bad_input(builds: tuple[Path, Path], livegraft
     livegraft("diff", *builds, "-o", tmp_path / "fix", "--allow", "tls-layout", status=2)
 
 
+def test_a_folder_of_debug_files_must_be_there(builds: tuple[Path, Path], livegraft: Livegraft, tmp_path: Path) -> None:
+    livegraft("diff", *builds, "-o", tmp_path / "fix", "--debug-dir", tmp_path / "none", status=2)
+
+
 def test_what_was_lifted_is_shown_by_every_command(
     builds: tuple[Path, Path], running: subprocess.Popen[str], livegraft: Livegraft, tmp_path: Path
 ) -> None:
