@@ -27,7 +27,7 @@ SCHEMA = 1
 
 VERBS = {
     "diff": "Make a patch object from two builds of one program.",
-    "inspect": "Show what a patch object holds, and why; or what two builds would come to.",
+    "inspect": "Explain a patch object, or what two builds come to.",
     "check": "Do everything that apply would do but the writing.",
     "apply": "Put a patch in force in a running process.",
     "revert": "Take a patch out of force again.",

@@ -1,4 +1,4 @@
-"""Show what a patch object holds, and why; or what two builds would come to.
+"""Explain a patch object, or what two builds come to.
 
 For a patch object: its two builds, every function with the reason why it is in the patch and the evidence for it, what
 was left out, the references that are rewritten, sizes, and every finding. With two builds instead (inspect OLD NEW) the
