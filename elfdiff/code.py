@@ -361,6 +361,7 @@ def _absolute_fields(
     An address of code is one only where a function starts, or inside the function itself (a label): other numbers
     in the range of the code are numbers.
     """
+    low = min(section.start for section in image.sections if section.kind is not Kind.OTHER)  # lld: .rodata comes first
     high = image.sections[-1].end
     owner = np.zeros(len(raw), np.int64)
     owner[at] = np.searchsorted(starts, at + base, "right") - 1
@@ -378,7 +379,7 @@ def _absolute_fields(
         which = at[has]
         label = (value >= starts[owner[which]]) & (value < ends[owner[which]])
         code = np.isin(value, starts) | label | (image.kinds(value) != Kind.TEXT)
-        named = (value >= base) & (value <= high) & code
+        named = (value >= low) & (value <= high) & code
         if sizes is not None:
             named &= _may_take_address(decoded, which)
         which = which[named]

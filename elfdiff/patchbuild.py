@@ -143,11 +143,20 @@ def _relocate_slot(result: Draft, place: int) -> None:
     resolver = result.resolver
     target = result.comparison.new.image.pointer_at(place)
     assert target is not None
+    if _is_a_number(result.comparison.new, target):
+        return
     found = resolver.address(target, taken=True)
     if isinstance(found, str):
         resolver.note_slot(place, target, found)
     else:
         result.relocations.append((place, RelocationType.ABS64, found.symbol, found.address))
+
+
+def _is_a_number(code: Code, target: int) -> bool:
+    """A word of a fixed-address image, taken for a pointer, that leads between the bytes of one instruction."""
+    function = code.function_of(target) if code.image.fixed_address else -1
+    inside = function >= 0 and bool(code.has_unwind[function]) and bool(code.sound[function])
+    return inside and not code.instruction_at(np.array([target]))[0]
 
 
 def _functions(
