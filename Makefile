@@ -9,7 +9,7 @@ SEED ?= 1
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo test test-real soak matrix lint clean
+.PHONY: help demo test test-real soak matrix bench lint clean
 .DEFAULT_GOAL := help
 
 help: ## list what make can do
@@ -41,10 +41,15 @@ matrix: $(VENV)/.development ## every shape of code and data in every build, pat
 	@LIVEGRAFT_MATRIX=1 $(RUN) -m pytest -s tests/live/test_coverage_shapes.py tests/live/test_toolchains.py tests/live/test_tls.py \
 		-k 'no_build_of_a_shape or toolchain or change_places' $(ARGS)
 
+bench: $(VENV)/.development ## how long diff takes beside objdump -d, and its memory (ROUNDS=n; ARGS='postgres' for some)
+	@bash .ci/tools all
+	@$(RUN) -m bench.differ --rounds $(if $(filter-out file,$(origin ROUNDS)),$(ROUNDS),5) $(ARGS)
+
 lint: $(VENV)/.development ## check style and types
 	@$(RUN) -m ruff check .
 	@$(RUN) -m mypy
 	@$(RUN) -m mypy -p fixtures
+	@$(RUN) -m mypy -p bench
 
 clean: ## remove what was set up, built and fetched
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
