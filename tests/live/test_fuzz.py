@@ -174,7 +174,7 @@ def with_digest(raw: bytes) -> bytes:
     fresh = bytearray(raw)
     try:
         at, size = parts_of(raw)[".livegraft.digest"]
-    except (KeyError, struct.error, IndexError):
+    except (KeyError, IndexError, OverflowError, struct.error):  # damaged too much to have one
         return raw
     if size != DIGEST_SIZE or at + size > len(raw):
         return raw

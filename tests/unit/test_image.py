@@ -208,6 +208,56 @@ def test_a_count_is_not_believed_beyond_its_section(old: Path, new: Path, tmp_pa
     run(old, broken)
 
 
+SH_ADDR, SH_SIZE, SH_ENTSIZE, SH_NAME = 16, 32, 56, 0
+CONTRADICTING = {
+    "an address of a section": (".rodata", SH_ADDR, 0x10, "elsewhere"),
+    "a place of a section": (".rodata", SH_OFFSET, 0x10, "elsewhere"),
+    "a size of a section": (".init", SH_SIZE, 0x100, "overlap"),
+    "a row of a table": (".dynsym", SH_ENTSIZE, 1, "in rows of"),
+    "a size of a table": (".dynsym", SH_SIZE, -4, "in rows of"),
+    "a type of a table": (".dynstr", SH_TYPE, 4, "is of type"),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTING)
+def test_headers_that_contradict_each_other_are_damage(name: str, old: Path, new: Path, tmp_path: Path) -> None:
+    section, field, step, words = CONTRADICTING[name]
+    at = section_header(new, section) + field
+    value = int.from_bytes(new.read_bytes()[at : at + 4], "little") + step
+    error = refusal(old, altered(new, tmp_path, {at: value.to_bytes(4, "little")}))
+    assert isinstance(error, BadInput) and words in error.why
+
+
+def test_two_sections_of_one_name_are_damage(old: Path, new: Path, tmp_path: Path) -> None:
+    at = section_header(new, ".dynsym") + SH_NAME
+    name = new.read_bytes()[at : at + 4]
+    error = refusal(old, altered(new, tmp_path, {section_header(new, ".comment") + SH_NAME: name}))
+    assert isinstance(error, BadInput) and "more than one section" in error.why
+
+
+def test_relocations_that_no_section_covers_are_refused(old: Path, new: Path, tmp_path: Path) -> None:
+    """The dynamic linker goes by the dynamic section, and would apply what is not seen."""
+    from elftools.elf.elffile import ELFFile
+
+    with new.open("rb") as stream:
+        dynamic = ELFFile(stream).get_section_by_name(".dynamic")
+        row = next(k for k, tag in enumerate(dynamic.iter_tags()) if tag["d_tag"] == "DT_RELASZ")
+        at, size = dynamic["sh_offset"] + 16 * row + 8, dynamic.get_tag(row)["d_val"]
+    error = refusal(old, altered(new, tmp_path, {at: struct.pack("<Q", size + 24 * 100)}))
+    assert isinstance(error, Refused) and "are in no section" in error.what
+
+
+def test_relocations_are_found_in_every_section_that_has_some(compiled: Compiler) -> None:
+    """``-z nocombreloc`` keeps a section for each section that is relocated."""
+    text = "int a[4]; int *p = a; int *const q[] = {a, a + 1}; int main(int n, char **v) { return *p + *q[n]; }"
+    apart = compiled(text, "-Wl,-z,nocombreloc")
+    names = subprocess.run(["readelf", "-SW", apart], capture_output=True, text=True, check=True).stdout
+    assert ".rela.data " in names and ".rela.dyn " not in names
+    one, other = load_image(compiled(text)), load_image(apart)
+    assert len(one.relative_places) == len(other.relative_places) > 3
+    assert {s.symbol for s in one.slots.values()} == {s.symbol for s in other.slots.values()}
+
+
 TABLES = (".eh_frame_hdr", ".eh_frame", ".rela.dyn", ".rela.plt", ".dynsym", ".dynstr", ".gnu.version",
           ".gnu.version_r", ".dynamic", ".note.gnu.build-id", ".got", ".plt", ".init_array")  # fmt: skip
 
