@@ -154,11 +154,15 @@ class Result:
         if self.kinds[kind] == 1:
             self.faults.append((one, fault))
 
+    def counts(self) -> str:
+        """How many comparisons ended how."""
+        each = ", ".join(f"exit {status}: {n}" for status, n in sorted(self.statuses.items()))
+        return f"{self.statuses.total()} comparisons: {each}"
+
     def lines(self) -> list[str]:
         """For the reader of the log."""
-        counts = ", ".join(f"exit {status}: {n}" for status, n in sorted(self.statuses.items()))
         return [
-            f"{self.statuses.total()} comparisons: {counts}",
+            self.counts(),
             f"slowest {self.slowest[0]:.1f} s ({self.slowest[1]})",
             f"largest {self.largest[0] >> 20} MB ({self.largest[1]})",
             *(f"FAULT {one}: {fault:.300}" for one, fault in self.faults),
@@ -178,7 +182,7 @@ def fuzz(pairs: list[Subject], first: int, count: int, say: Callable[[str], None
             say(f"stopped after {MAX_FAULTS} kinds of faults")
             break
         if result.statuses.total() % 1000 == 0:
-            say(f"{result.statuses.total()} of {2 * count}")
+            say(f"of {2 * count} now {result.counts()}")
     return result
 
 
