@@ -10,6 +10,7 @@ CODES: dict[str, tuple[bool, str]] = {
     "ambiguous-function": (False, "a function that pointers may lead to may be one or another of the new build"),
     "calling-convention": (True, "a function is called otherwise, and not all of its callers are in the patch"),
     "constant-identity": (True, "a constant that differs is compared by its address"),
+    "class-layout": (True, "a class has other virtual functions or other bases"),
     "constructors": (True, "code that runs at the start of a program differs"),
     "coroutines": (True, "the program switches between stacks of its own"),
     "debug-info": (False, "debug information that is there could not be used"),

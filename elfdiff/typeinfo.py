@@ -16,6 +16,7 @@ from elfdiff.image import R_X86_64_64, R_X86_64_COPY, Addresses, Image, Kind
 
 ABI_VTABLE = "_ZTVN10__cxxabiv1"
 _ABI_NAME = b"N10__cxxabiv1"
+_NAME_SYMBOL = "_ZTS"
 _ADDRESS_POINT = 16
 """A vtable is named at its beginning, and pointed to behind its offset to top and its type (Itanium, 2.5.2)."""
 _NAME = re.compile(rb"\*?[A-Za-z0-9_.$]+")
@@ -30,6 +31,9 @@ class TypeInfos:
 
     def name(self, address: int) -> bytes | None:
         """The mangled name that the object at an address holds, or None where that is no name."""
+        slot = self.image.slots.get(address + 8)
+        if slot is not None and slot.symbol.startswith(_NAME_SYMBOL):  # a library's names can be another's
+            return slot.symbol[len(_NAME_SYMBOL) :].encode("utf-8", "surrogateescape")
         pointer = self.image.pointer_at(address + 8)
         text = self.image.string_at(pointer) if pointer is not None else None
         return text if text and _NAME.fullmatch(text) else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from elfdiff.findings import addresses, calling, entries, exceptions, exports, layout, startup, threads, types
+from elfdiff.findings import addresses, calling, classes, entries, exceptions, exports, layout, startup, threads, types
 from elfdiff.patchbuild import Draft
 from elfdiff.patchobject import Finding, Severity
 
@@ -35,6 +35,7 @@ RULES: tuple[Rule, ...] = (
     layout.struct_signature,
     layout.allocation_sizes,
     exceptions.exceptions,
+    classes.class_layout,
     entries.label_tables,
     addresses.initial_values,
     threads.tls_layout,
