@@ -49,12 +49,16 @@ TypeKey = tuple[str, str]
 
 @dataclass
 class Contents:
-    """What a unit defines, by name; an entry is described when it is asked for."""
+    """What a unit defines, by name; an entry is described when it is asked for.
+
+    ``typed``: it describes types at all, which gcc -g1 and clang -gline-tables-only do not.
+    """
 
     types: dict[TypeKey, list[DIE]] = field(default_factory=dict)
     declared: set[TypeKey] = field(default_factory=set)  # named only: described elsewhere or nowhere
     variables: dict[str, DIE] = field(default_factory=dict)
     functions: dict[int, DIE] = field(default_factory=dict)  # by each address at which one of its ranges starts
+    typed: bool = False
 
 
 @dataclass(frozen=True)
@@ -304,6 +308,7 @@ class DebugInfo:
     def collect(self, parent: DIE, scope: str, found: Contents, plus_plus: bool) -> None:
         """Note what a unit or a namespace defines."""
         for die in parent.iter_children():
+            found.typed = found.typed or str(die.tag).endswith("_type")
             if die.tag in AGGREGATES or die.tag == "DW_TAG_typedef":
                 self._collect_type(die, scope, found, plus_plus)
             elif die.tag == "DW_TAG_subprogram":

@@ -194,11 +194,13 @@ class _Comparer:
     def _described(self, function: Function, others: tuple[Function, ...]) -> bool:
         """All types that the function can use are known in both builds.
 
-        clang leaves types of C++ to the unit that has their virtual table or constructor; .dwo files are not read.
+        Compilers leave types of C++ to the unit that has their virtual table or constructor; .dwo files are not read;
+        line tables alone say nothing of types.
         """
-        if not others:
-            return True
-        units = [*function.units, *(unit for other in others for unit in other.units)]
+        both = (function, *others)
+        if not all(any(unit.contents.typed for unit in each.units) for each in both):
+            return False
+        units = [unit for each in both for unit in each.units]
         return not any(unit.split or (unit.plus_plus and unit.contents.declared) for unit in units)
 
     def _prototypes(self) -> Iterator[tuple[int, tuple[str, str]]]:

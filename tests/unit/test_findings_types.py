@@ -110,6 +110,13 @@ def test_the_signature_speaks_where_one_build_has_no_types(compiled: Compiler) -
     assert [finding.code for finding in caught.value.findings] == ["struct-layout"]
 
 
+@pytest.mark.parametrize(("cc", "flag"), [("gcc", "-g1"), ("clang", "-g1"), ("clang", "-gline-tables-only")])
+def test_the_signature_speaks_where_debug_information_has_lines_alone(cc: str, flag: str, compiled: Compiler) -> None:
+    verdict = judge(compiled, structure(*CHANGED["inserted in the middle"][:2]), flag, cc=cc, stripped=False)
+    assert verdict.refused == {"struct-layout"}
+    assert "fields moved by +4 bytes" in verdict.findings[0].what
+
+
 # -- who uses a type --------------------------------------------------------------------------------------------
 
 
