@@ -391,6 +391,8 @@ class _Comparer:
         # Rows of a two-dimensional array of characters: equally long, and not packed like string literals are.
         packed = first.size == first.reach and first.reach not in ROW_SIZES
         rows = second.barrier is Barrier.OPEN and second.size % first.reach == 0
+        if second.barrier is Barrier.TEXT and 0 < first.reach - first.size < _alignment(second.size):
+            return False  # names of functions (__func__), each an object of its own, aligned by its size
         return (rows or first.reach == second.reach) and first.reach <= MAX_ROW and not packed
 
     def _separate(self, pair: Pair, before: dict[Pair, Pair]) -> bool:
@@ -418,6 +420,11 @@ class _Comparer:
         """Aligned like one in both builds, and somebody takes its address: what is only loaded is a part."""
         aligned = pair[0] % OBJECT_ALIGNMENT == 0 == pair[1] % OBJECT_ALIGNMENT
         return aligned and pair[0] in self.old.address_taken and pair[1] in self.new.address_taken
+
+
+def _alignment(size: int) -> int:
+    """What gcc aligns a static array of so many characters to."""
+    return OBJECT_ALIGNMENT if size >= OBJECT_ALIGNMENT else 16 if size >= 16 else 1
 
 
 def _first_common(first: list[int], a: int, second: list[int], b: int, size: int) -> int:

@@ -271,3 +271,15 @@ def test_a_table_among_the_code_is_data(numbers: tuple[str, str], compiled: Comp
         assert verdict.check().reasons == {"edited": "code"}
     else:
         assert "no-unwind" in verdict.refused or "unpinned-address" in verdict.refused or "reads" in verdict.reasons
+
+
+def test_names_of_functions_are_no_rows_of_a_table(compiled: Compiler) -> None:
+    """``__func__`` makes an array for each function, and gcc aligns them to the same distance."""
+    pair = program(
+        'static const char first[] = "name_of_the_first", second[] = "name_of_another_WORD", last[] = "a_last_name";\n'
+        "SEPARATE int uses_first(int n) { return puts(first); }\n"
+        "SEPARATE int uses_second(int n) { return puts(second); }\n"
+        "SEPARATE int uses_last(int n) { return puts(last); }",
+        "uses_first(n) + uses_second(n) + uses_last(n)", WORD=("one", "two"),
+    )  # fmt: skip
+    assert judge(compiled, pair, "-fno-merge-constants").check().reasons == {"uses_second": "constant"}
