@@ -17,7 +17,7 @@ from patcher.proc import mapping_over, mappings
 from patcher.transaction import apply, revert
 from patcher.unwinders import lookup_slots
 from tests.compile import Compiler
-from tests.live.grafting import Running, patch_for, there_and_back
+from tests.live.grafting import MAIN, Running, library_pair, patch_for, there_and_back
 from tests.live.throwing import ASKED, BACKTRACE, CHANGED, TYPES, UNVERSIONED, everything, program
 
 pytestmark = pytest.mark.root
@@ -195,3 +195,82 @@ def test_a_static_program_is_refused(compiled: Compiler, tmp_path: Path) -> None
         with pytest.raises(Refused, match="exceptions: no image of the process looks up unwind tables"):
             apply(running.pid, patch)
         assert altered_code(running.pid) == []
+
+
+LIBRARY = """
+#include <stdexcept>
+SEPARATE long inner(long n) { if (n > 2) throw std::runtime_error("inner"); return n; }
+SEPARATE long middle(long n) {
+    try { return inner(n) + VERSION; }
+    catch (const std::exception &) { return 7 + VERSION; }
+}
+long entry(long n) asm("answer");
+long entry(long n) { return middle(n); }
+"""
+SHOWING = MAIN.replace("printf(\"%ld %ld\\n\", ++count, result)", "printf(\"%ld %ld\\n\", ++count, shown(result))")
+SHOWING = "SEPARATE long shown(long x) { fprintf(stderr, \"OFFSET\"); return x + OFFSET; }\n" + SHOWING
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["the earlier patch goes first", "the later patch goes first"])
+def test_patches_of_two_images_share_the_slots(first: int, compiled: Compiler, tmp_path: Path) -> None:
+    texts = [LIBRARY.replace("VERSION", version) for version in ("100", "200")]
+    old, new = (
+        library_pair(compiled, *texts, "-std=gnu++17", cc="g++", main=SHOWING.replace("OFFSET", by))
+        for by in ("1000", "2000")
+    )
+    patches = []
+    for number, pair in enumerate(((old.program, new.program), (old.old, old.new))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        patches.append(patch_for(*pair, folder))
+    with old.running() as running:
+        assert running.ask(1, 5) == [1101, 1107]
+        for patch in patches:
+            apply(running.pid, patch)
+        assert running.ask(1, 5) == [2201, 2207]
+        assert slots_of(running.pid) == "patched"
+        revert(running.pid, patches[first].id)
+        assert running.ask(1, 5) == ([1201, 1207] if first == 0 else [2101, 2107])
+        apply(running.pid, patches[first])
+        assert running.ask(1, 5) == [2201, 2207]
+        revert(running.pid, patches[first].id)
+        revert(running.pid, patches[1 - first].id)
+        assert running.ask(1, 5) == [1101, 1107]
+        assert slots_of(running.pid) == "plain"
+
+
+LISTING = """
+#include <link.h>
+struct Seen { long objects, ours, counted; };
+static int one(struct dl_phdr_info *info, size_t size, void *data) {
+    Seen *seen = (Seen *)data;
+    bool table = false;
+    for (int k = 0; k < info->dlpi_phnum; k++) table |= info->dlpi_phdr[k].p_type == PT_GNU_EH_FRAME;
+    seen->objects++;
+    seen->ours += table && strstr(info->dlpi_name, "livegraft") != nullptr;
+    seen->counted += size >= 48 && info->dlpi_adds >= 4;
+    return 0;
+}
+SEPARATE long edited(long n) { if (n > 100) throw n; return n + VERSION; }
+"""
+LISTED = """
+    Seen seen{};
+    dl_iterate_phdr(one, &seen);
+    if (n == 0) return seen.objects;
+    if (n == 1) return seen.ours;
+    if (n == 2) return seen.counted - seen.objects;
+    try { return edited(n); } catch (long) { return 1; }
+"""
+
+
+def test_a_patch_is_an_object_among_those_that_are_loaded(compiled: Compiler, tmp_path: Path) -> None:
+    """As dl_iterate_phdr(3) tells: unwinders that know nothing better look there."""
+    old, new = (built(compiled, program(LISTING, LISTED, VERSION=str(v))) for v in (100, 200))
+    patch = patch_for(old, new, tmp_path)
+    with Running([old]) as running:
+        (objects,) = running.ask(0)
+        assert running.ask(1, 2, 3) == [0, 0, 103]
+        apply(running.pid, patch)
+        assert running.ask(0, 1, 2, 3, 101) == [objects + 1, 1, 0, 203, 1]
+        revert(running.pid)
+        assert running.ask(0, 1, 2, 3) == [objects, 0, 0, 103]
