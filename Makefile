@@ -39,7 +39,7 @@ fuzz: $(VENV)/.development ## damaged ELF files through diff, 10000 of them (ROU
 matrix: $(VENV)/.development ## every shape of code and data in every build, patched live (half an hour)
 	@bash .ci/tools all
 	@LIVEGRAFT_MATRIX=1 $(RUN) -m pytest -s tests/live/test_coverage_shapes.py tests/live/test_toolchains.py tests/live/test_tls.py \
-		-k 'no_build_of_a_shape or toolchain or change_places' $(ARGS)
+		tests/live/test_imports.py -k 'no_build_of_a_shape or toolchain or change_places or import_is_bound' $(ARGS)
 
 bench: $(VENV)/.development ## how long diff takes beside objdump -d, and its memory (ROUNDS=n; ARGS='postgres' for some)
 	@bash .ci/tools all

@@ -51,6 +51,7 @@ RULES: tuple[Rule, ...] = (
     addresses.ambiguous_functions,
     addresses.known_by_address,
     entries.coroutines,
+    startup.changed_resolvers,
     startup.new_imports,
     addresses.new_variables,
 )

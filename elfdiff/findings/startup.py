@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from elfdiff.findings.places import MANY, members
+from elfdiff.image import R_X86_64_IRELATIVE, STT_GNU_IFUNC
 from elfdiff.patchbuild import Draft
 from elfdiff.patchobject import Finding, Reason, Severity
 
@@ -39,6 +40,23 @@ def changed_constructors(draft: Draft) -> Iterator[Finding]:
             members(draft, found),
             "they ran when the program started, and what they set up would be otherwise now",
             "if the running state may stay, --allow constructors",
+        )
+
+
+def changed_resolvers(draft: Draft) -> Iterator[Finding]:
+    """A resolver of an indirect function changed: it has chosen, and is not asked again (STT_GNU_IFUNC)."""
+    old = draft.comparison.old.image
+    resolvers = {slot.addend for slot in old.slots.values() if slot.type == R_X86_64_IRELATIVE}
+    resolvers |= {export.value for export in old.exported if export.type == STT_GNU_IFUNC}
+    found = [f for f in draft.functions if f.old_start in resolvers]
+    if found:
+        yield Finding(
+            "constructors",
+            Severity.REFUSE,
+            f"{len(found)} resolver(s) of indirect functions changed",
+            members(draft, found),
+            "they ran when the program started, and the implementation that they chose then stays in use",
+            "if the choice may stay, --allow constructors",
         )
 
 

@@ -15,6 +15,8 @@ from tests.live.grafting import Running, patch_for, sources, there_and_back, war
 
 pytestmark = pytest.mark.root
 
+MATRIX = bool(os.environ.get("LIVEGRAFT_MATRIX"))
+
 CODE = """
 DECLARE
 long answer(long n) { char text[64]; snprintf(text, sizeof text, "%ld", n * 7 + 10); EDIT; return atol(text); }
@@ -59,7 +61,7 @@ def answers(program: Path, **environment: str) -> list[int]:
         return process.ask(0, 1, 2)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS if MATRIX else ["pie", "no-pie", "no-plt", "clang"])
 @pytest.mark.parametrize("case", NEW_IMPORTS)
 def test_a_new_import_is_bound(case: str, kind: str, compiled: Compiler, tmp_path: Path) -> None:
     options = dict(KINDS[kind])
@@ -230,3 +232,34 @@ def test_a_reference_without_a_version_gets_the_oldest_one(
         patch = patch_for(old, build, tmp_path)
         with Running([old]) as process:
             there_and_back(process, patch, BEFORE, after)
+
+
+# -- indirect functions of the program itself -------------------------------------------------------------------
+
+OWN = """
+static long one(long n) { return n + 1 ONE; }
+static long other(long n) { return n * 7 + 2; }
+static void *pick(void) { __builtin_cpu_init(); return __builtin_cpu_supports("sse2") FLIP 0 ? one : other; }
+long chosen(long n) __attribute__((ifunc("pick")));
+long answer(long n) { return chosen(n) * 10; }
+"""
+
+
+def own(compiled: Compiler, link: str, **words: str) -> Path:
+    return compiled(sources(OWN, **{"ONE": "", "FLIP": "!=", **words}), link=link)
+
+
+@pytest.mark.parametrize("link", ["pie", "no-pie", "static"])
+def test_an_implementation_that_was_chosen_is_patched(link: str, compiled: Compiler, tmp_path: Path) -> None:
+    old, new = own(compiled, link), own(compiled, link, ONE="+ 8")
+    with Running([old]) as process:
+        there_and_back(process, patch_for(old, new, tmp_path), [10, 20], [90, 100])
+
+
+@pytest.mark.parametrize("link", ["pie", "no-pie", "static"])
+def test_another_choice_is_refused(link: str, compiled: Compiler, tmp_path: Path) -> None:
+    """The resolver ran when the program started; what it chose then would stay, whatever it would choose now."""
+    old, new = own(compiled, link), own(compiled, link, FLIP="==")
+    with pytest.raises(Refused) as caught:
+        patch_for(old, new, tmp_path)
+    assert any("resolver(s) of indirect functions" in line for line in caught.value.details)
