@@ -9,6 +9,7 @@ from typing import ParamSpec, TypeVar
 import pytest
 
 from fixtures.debian import PackageUnavailable, Unpacked, VersionGone, exact, old_and_new
+from fixtures.source import Built, Recipe, before_and_after
 
 Pair = tuple[Unpacked, Unpacked]
 P, R = ParamSpec("P"), TypeVar("R")
@@ -35,3 +36,9 @@ def package_pair(cache_folder: Path) -> Callable[[str], Pair]:
 def package_version(cache_folder: Path) -> Callable[[str, str], Unpacked]:
     """``package_version(name, version)``: exactly this one; fails where the archive serves others only."""
     return lambda package, version: available(exact, package, version, cache_folder / "packages")
+
+
+@pytest.fixture(scope="session")
+def source_pair(cache_folder: Path) -> Callable[[Recipe], tuple[Built, Built]]:
+    """Both builds of a recipe; skips with the reason where they cannot be made."""
+    return lambda recipe: available(before_and_after, recipe, cache_folder / "sources")

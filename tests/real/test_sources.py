@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from elfdiff.errors import NothingToPatch
 from fixtures import recipes
-from fixtures.source import Built, Recipe, before_and_after
-from tests.real.conftest import available
+from fixtures.source import Built, Recipe
 from tests.real.sources import SourcePair, judge_sources
 
 pytestmark = [pytest.mark.apt, pytest.mark.slow]
-
-
-@pytest.fixture(scope="session")
-def source_pair(cache_folder: Path) -> Callable[[Recipe], tuple[Built, Built]]:
-    """Both builds of a recipe; skips with the reason where they cannot be made."""
-    return lambda recipe: available(before_and_after, recipe, cache_folder / "sources")
 
 
 def check(pair: SourcePair) -> None:
