@@ -176,6 +176,7 @@ SEPARATE void report(int n) {
 }
 void answer(int n) { report(n); }
 """,
+        questions=(0, 1, 0, 2),
         builds=(*USUAL, *PLAIN, *FIXED),
         refused=frozenset(("constant-identity",)),
     ),
