@@ -11,12 +11,15 @@ from elfdiff.diff import Options, diff
 from elfdiff.errors import Busy, Refused
 from elfdiff.patchobject import Reason
 from fixtures.intact import altered_code
+from patcher.inspection import inspect_process
 from patcher.memory import Memory
 from patcher.modules import modules
 from patcher.proc import mapping_over, mappings
+from patcher.record import State
 from patcher.transaction import apply, revert
 from patcher.unwinders import lookup_slots
 from tests.compile import Compiler
+from tests.live.answering import killed_at
 from tests.live.grafting import MAIN, Running, library_pair, patch_for, there_and_back
 from tests.live.throwing import ASKED, BACKTRACE, CHANGED, TYPES, UNVERSIONED, everything, program
 
@@ -274,3 +277,34 @@ def test_a_patch_is_an_object_among_those_that_are_loaded(compiled: Compiler, tm
         assert running.ask(0, 1, 2, 3, 101) == [objects + 1, 1, 0, 203, 1]
         revert(running.pid)
         assert running.ask(0, 1, 2, 3) == [objects, 0, 0, 103]
+
+
+def test_a_patcher_killed_at_any_step_leaves_exceptions_whole(compiled: Compiler, tmp_path: Path) -> None:
+    old, new = (built(compiled, program(IN_FLIGHT, KEPT, VERSION=str(v))) for v in (100, 200))
+    patch = patch_for(old, new, tmp_path)
+    with Running([old]) as running:
+        step = 0
+        while killed_at(step, lambda on_step: apply(running.pid, patch, on_step=on_step)):
+            assert running.ask(0, 1)[1] in (102, 202)
+            if states(running.pid):
+                revert(running.pid)
+            assert running.ask(0, 1) == [1, 102]
+            assert slots_of(running.pid) == "plain"
+            step += 1
+        assert step > 3  # from the second time on the mappings are there already
+        assert running.ask(0, 1) == [1, 202]
+        step = 0
+        while killed_at(step, lambda on_step: revert(running.pid, on_step=on_step)):
+            assert running.ask(0, 1)[1] in (102, 202)
+            apply(running.pid, patch)
+            assert running.ask(0, 1) == [1, 202]
+            assert slots_of(running.pid) == "patched"
+            step += 1
+        assert running.ask(0, 1) == [1, 102]
+        assert slots_of(running.pid) == "plain"
+
+
+def states(pid: int) -> list[State]:
+    """Of patches that may be in force."""
+    found = [item.record for item in inspect_process(pid).patches]
+    return [record.state for record in found if record.state is State.APPLIED or record.interrupted]
