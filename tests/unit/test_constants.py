@@ -276,7 +276,8 @@ def test_a_table_among_the_code_is_data(numbers: tuple[str, str], compiled: Comp
 def test_names_of_functions_are_no_rows_of_a_table(compiled: Compiler) -> None:
     """``__func__`` makes an array for each function, and gcc aligns them to the same distance."""
     pair = program(
-        'static const char first[] = "name_of_the_first", second[] = "name_of_another_WORD", last[] = "a_last_name";\n'
+        'static const char first[] = "name_of_the_first", second[] = "name_of_another_WORD";\n'
+        'static const char last[] = "name_of_last_one";\n'
         "SEPARATE int uses_first(int n) { return puts(first); }\n"
         "SEPARATE int uses_second(int n) { return puts(second); }\n"
         "SEPARATE int uses_last(int n) { return puts(last); }",
