@@ -144,7 +144,7 @@ def test_redis_as_objdump_reads_it(package_pair: Callable[[str], Pair]) -> None:
     ("package", "path", "instructions", "out_of_step", "beyond"),
     [
         ("libssl3", "usr/lib/x86_64-linux-gnu/libcrypto.so.3", 500_000, 30, 0.1),
-        ("libssl3", "usr/lib/x86_64-linux-gnu/libssl.so.3", 60_000, 0, 0.03),
+        ("libssl3", "usr/lib/x86_64-linux-gnu/libssl.so.3", 60_000, 0, 0.05),
         ("postgresql-15", "usr/lib/postgresql/15/bin/postgres", 1_000_000, 0, 0.03),
     ],
 )
