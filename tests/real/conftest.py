@@ -12,7 +12,8 @@ from fixtures.debian import PackageUnavailable, Unpacked, VersionGone, exact, ol
 from fixtures.source import Built, Recipe, before_and_after
 
 Pair = tuple[Unpacked, Unpacked]
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def available(get: Callable[P, R], *arguments: P.args, **options: P.kwargs) -> R:

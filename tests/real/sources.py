@@ -24,7 +24,7 @@ class SourcePair:
     @property
     def missed(self) -> frozenset[str]:
         """Functions that changed, and of which the differ says that they did not."""
-        return self.truth.changed.keys() - self.changed.keys() - self.added
+        return frozenset(self.truth.changed.keys() - self.changed.keys() - self.added)
 
     @property
     def unexplained(self) -> dict[str, Reason]:
