@@ -19,12 +19,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import correlation, linear_regression, median
 
-import numpy as np
-
-from elfdiff.code import load_code
-from elfdiff.imagefile import load_image
 from fixtures.debian import old_and_new
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,7 +77,6 @@ def measure(name: str, rounds: int) -> Measured:
     package, place = PROGRAMS[name]
     builds = old_and_new(package, ROOT / ".cache" / "packages")
     old, new = (build.file(place) for build in builds)
-    codes = [load_code(load_image(path)) for path in (old, new)]
     say(f"{name}: {builds[0].version} -> {builds[1].version}\n")
     kinds: dict[str, list[Run]] = {kind: [] for kind in ("objdump", "uncached", "cold", "warm")}
     with tempfile.TemporaryDirectory() as scratch:
@@ -98,8 +93,25 @@ def measure(name: str, rounds: int) -> Measured:
             if number:
                 for kind, one in runs.items():
                     kinds[kind].append(one)
-    text, functions = sum(len(code.raw) for code in codes), sum(map(len, codes))
+    text, functions = size(old, new)
     return Measured(name, text, functions, **{kind: tuple(found) for kind, found in kinds.items()})
+
+
+def size(*paths: Path) -> tuple[int, int]:
+    """Bytes of code and functions of all files together.
+
+    Found out by another process: wait4(2) counts what a process had in memory before it became the command, so
+    this one must stay small.
+    """
+    script = (
+        "import sys; from pathlib import Path; from elfdiff.code import load_code; from elfdiff.imagefile import "
+        "load_image; codes = [load_code(load_image(Path(p))) for p in sys.argv[1:]]; "
+        "print(sum(len(code.raw) for code in codes), sum(map(len, codes)))"
+    )
+    command = [sys.executable, "-c", script, *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    text, functions = map(int, done.stdout.split())
+    return text, functions
 
 
 def run(*commands: Sequence[str], ends: Sequence[int] = (0,)) -> Run:
@@ -137,14 +149,12 @@ def _rows(measured: Measured) -> list[str]:
 
 def _slopes(found: list[Measured]) -> list[str]:
     """Processor time against bytes of code: a line through all programs by least squares."""
-    size = np.array([one.text for one in found], np.float64) / 1e6
+    sizes = [one.text / 1e6 for one in found]
     lines = []
     for kind in ("objdump", "uncached", "warm"):
-        seconds = np.array([median(item.cpu for item in getattr(one, kind)) for one in found])
-        slope, start = np.polyfit(size, seconds, 1)
-        residue = float(((seconds - slope * size - start) ** 2).sum())
-        total = float(((seconds - seconds.mean()) ** 2).sum())
-        fit = 1 - residue / total if total else 1.0
+        seconds = [median(item.cpu for item in getattr(one, kind)) for one in found]
+        slope, start = linear_regression(sizes, seconds)
+        fit = correlation(sizes, seconds) ** 2
         lines.append(f"{kind:10} {start:.2f} s + {slope:.3f} s per MB of code, r2 = {fit:.3f}\n")
     return lines
 
