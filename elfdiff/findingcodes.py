@@ -15,7 +15,7 @@ CODES: dict[str, tuple[bool, str]] = {
     "coroutines": (True, "the program switches between stacks of its own"),
     "debug-info": (False, "debug information that is there could not be used"),
     "enum-values": (True, "an enumeration gives another number to a name"),
-    "exceptions": (True, "C++ exceptions may pass through changed functions"),
+    "exceptions": (True, "exceptions may pass through changed functions whose handlers would not be found"),
     "exported-symbol": (True, "a symbol that other modules may have bound to is gone or of another kind or size"),
     "initial-value": (True, "a writable variable starts with another value"),
     "label-table": (True, "a changed function has a table of code labels"),
