@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from elfdiff.findings.places import MANY, members
-from elfdiff.image import R_X86_64_IRELATIVE, STT_GNU_IFUNC
+from elfdiff.image import R_X86_64_IRELATIVE, STT_GNU_IFUNC, Image
 from elfdiff.patchbuild import Draft
 from elfdiff.patchobject import Finding, Reason, Severity
 
@@ -28,10 +28,8 @@ def constructors(draft: Draft) -> Iterator[Finding]:
 
 def changed_constructors(draft: Draft) -> Iterator[Finding]:
     """A constructor whose code changed: it ran when the program started, and does not run again."""
-    old = draft.comparison.old.image
-    sections = [s for name in (".preinit_array", ".init_array") if (s := old.section(name))]
-    started = {old.pointer_at(place) for s in sections for place in range(s.start, s.end, 8)}
-    found = [f for f in draft.functions if f.old_start in started]
+    started, starting = _started(draft.comparison.old.image), _started(draft.comparison.new.image)
+    found = [f for f in draft.functions if f.old_start in started or f.new_start in starting]
     if found:
         yield Finding(
             "constructors",
@@ -41,6 +39,13 @@ def changed_constructors(draft: Draft) -> Iterator[Finding]:
             "they ran when the program started, and what they set up would be otherwise now",
             "if the running state may stay, --allow constructors",
         )
+
+
+def _started(image: Image) -> set[int]:
+    """The functions that run when the program starts."""
+    sections = [s for name in (".preinit_array", ".init_array") if (s := image.section(name))]
+    places = [place for s in sections for place in range(s.start, s.end, 8)]
+    return {pointer for place in places if (pointer := image.pointer_at(place)) is not None}
 
 
 def changed_resolvers(draft: Draft) -> Iterator[Finding]:

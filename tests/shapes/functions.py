@@ -32,7 +32,7 @@ void answer(int n) { keep(); printf("%d %d ", call(n), same()); printf("%d %d", 
 
 LARGE = r"""
 static unsigned cells[64];
-#define S(k) x = x * 31 + (x >> (k % 13)) + cells[(x + k) & 63]; if (x % 1009 == k) cells[k & 63] ^= zero;
+#define S(k) x = x * 31 + (x >> ((k) % 13)) + cells[(x + k) & 63]; if (x % 1009 == k) cells[(k) & 63] ^= zero;
 #define S10(k) S(k) S(k + 1) S(k + 2) S(k + 3) S(k + 4) S(k + 5) S(k + 6) S(k + 7) S(k + 8) S(k + 9)
 #define S100(k) S10(k) S10(k + 10) S10(k + 20) S10(k + 30) S10(k + 40) S10(k + 50) S10(k + 60) S10(k + 70) S10(k + 80)
 SEPARATE unsigned large(unsigned x) {
@@ -276,7 +276,7 @@ void answer(int n) { printf("%d", act(n)); }
         fits=("gcc",),
         builds=(GCC, *PLAIN[:1]),
     ),
-    Shape("a function of more than 64 KiB", LARGE, flags=("-O1",)),
+    Shape("a function of more than 64 KiB", LARGE, builds=USUAL, flags=("-O1",)),
     Shape(
         "many callers",
         r"""
@@ -323,7 +323,7 @@ __attribute__((constructor)) static void set_more(void) { ready *= 2; }
 #endif
 void answer(int n) { COUNT; printf("%d %d", ready, n); }
 """,
-        builds=USUAL,
+        builds=(*USUAL, replace(GCC, flags=("-flto",))),
         refused=frozenset(("constructors",)),
     ),
     Shape(
