@@ -71,8 +71,8 @@ TOOLCHAINS = {
     "gold no-pie": gcc(GOLD, link="no-pie"),
     "mold no-pie": gcc(MOLD, link="no-pie", always=True),
     "lld no-pie": clang(LLD, link="no-pie"),
-    "static lld": gcc(LLD, link="static"),
-    "static mold": gcc(MOLD, link="static"),
+    "static lld": gcc(LLD, link="static", outcome="unpinned-address"),
+    "static mold": gcc(MOLD, link="static", outcome="unpinned-address"),
     "static-pie lld": clang(LLD, link="static-pie"),
     "musl static": musl(link="static", outcome="no-unwind"),
     "lto": gcc("-flto", outcome="stayed live"),
@@ -106,7 +106,7 @@ TOOLCHAINS = {
     "folded by gold": gcc(GOLD, "-ffunction-sections", "-Wl,--icf=all"),
     "for size": gcc("-Os"),
     "clang for size": clang("-Oz"),
-    "large model": gcc("-mcmodel=large", link="no-pie"),
+    "large model": gcc("-mcmodel=large", link="no-pie", outcome="label-table"),
     "medium model": gcc("-mcmodel=medium"),
     "wide vectors": gcc("-march=x86-64-v3", "-O3"),
     "nops before functions": gcc("-fpatchable-function-entry=16,8", always=True),
@@ -126,7 +126,18 @@ def cases() -> Iterator[object]:
     for name, toolchain in TOOLCHAINS.items():
         for stripped in (True, False) if MATRIX else (True,):
             if (MATRIX or toolchain.always) and not (stripped and "-Wl,--emit-relocs" in toolchain.flags):
-                yield pytest.param(toolchain, stripped, id=f"{name}{', stripped' if stripped else ''}")
+                marks = [pytest.mark.xfail(strict=True, reason=TYPED_TABLE)] if typed(toolchain, stripped) else []
+                yield pytest.param(toolchain, stripped, id=f"{name}{', stripped' if stripped else ''}", marks=marks)
+
+
+TYPED_TABLE = (
+    "a constant table that only changed code reads has one more element: by debug information it is a variable of "
+    "another type (variable-type), though the patch has a copy of its own; without debug information it is patched"
+)
+
+
+def typed(toolchain: Toolchain, stripped: bool) -> bool:
+    return "-g" in toolchain.flags and not stripped
 
 
 @pytest.fixture
