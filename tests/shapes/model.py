@@ -87,7 +87,8 @@ class Shape:
     question. ``refused`` are the codes of the findings that must be there instead of a patch, ``allow`` those that are
     lifted. ``nothing``: there is nothing to patch. ``busy``: a
     changed function never returns. ``flags`` are needed by every build of it; ``fits`` are the
-    compilers that can build it. ``files`` are further C texts, with the same prelude, ``main`` another main.
+    compilers that can build it. ``files`` are further C texts, with the same prelude, ``main`` another main; ``xfail``
+    says what is wrong where it goes wrong.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Shape:
     nothing: bool = False
     busy: bool = False
     main: str = MAIN
+    xfail: str = ""
     flags: tuple[str, ...] = ()
     fits: tuple[str, ...] = ("gcc", "clang")
     files: Mapping[str, str] = field(default_factory=dict)
