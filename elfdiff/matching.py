@@ -258,16 +258,26 @@ class _Matcher:
         pairs.update(
             zip(self.old.references.target[first].tolist(), self.new.references.target[second].tolist(), strict=True)
         )
-        for o, n in self._tables(pairs):
-            slots = list(self._slots(o, n))
-            agreeing = sum(self.new_of[i] == j for i, j in slots)
-            permuted = {int(self.new_of[i]) for i, _ in slots} == {j for _, j in slots}
-            open_on_both = sum(self.new_of[i] < 0 and self.old_of[j] < 0 for i, j in slots)
-            alone = open_on_both == 1 and agreeing == len(slots) - 1  # what replaced the one that vanished
-            if 2 * agreeing >= len(slots) or permuted or alone:  # else elements were inserted, none are side by side
-                for i, j in slots:
-                    if self.how[i] in (How.ORDER, How.SIMILAR, 0):  # what is unique by its bytes was moved in the table
-                        self.votes.setdefault(i, Counter())[j] += 1
+        seen: set[tuple[int, int]] = set()
+        todo = self._tables(pairs)
+        while todo:
+            seen.update(todo)
+            todo = self._tables({pair for o, n in todo for pair in self._vote_table(o, n)} - seen)
+
+    def _vote_table(self, o: int, n: int) -> list[tuple[int, int]]:
+        """Let the slots of two objects vote; pairs of further objects that they point to, side by side."""
+        functions, texts, objects = self._slots(o, n)
+        agreeing = sum(self.new_of[i] == j for i, j in functions)
+        permuted = {int(self.new_of[i]) for i, _ in functions} == {j for _, j in functions}
+        open_on_both = sum(self.new_of[i] < 0 and self.old_of[j] < 0 for i, j in functions)
+        alone = open_on_both == 1 and agreeing == len(functions) - 1  # what replaced the one that vanished
+        alike = sum(texts)
+        if 2 * alike < len(texts) or not (2 * agreeing >= len(functions) or permuted or alone):
+            return []  # elements were inserted, and nothing is side by side
+        for i, j in functions:
+            if self.how[i] in (How.ORDER, How.SIMILAR, 0):  # what is unique by its bytes was moved in the table
+                self.votes.setdefault(i, Counter())[j] += 1
+        return objects
 
     def _tables(self, pairs: set[tuple[int, int]]) -> list[tuple[int, int]]:
         """Those of the paired addresses at which pointers may lie."""
@@ -280,21 +290,29 @@ class _Matcher:
             near = slots[np.minimum(first, len(slots) - 1)] - both[:, 0] < MAX_SLOTS
         return [(int(o), int(n)) for o, n in both[holds & near]]
 
-    def _slots(self, o: int, n: int) -> Iterable[tuple[int, int]]:
-        """Functions that the slots of two objects point to, side by side.
+    def _slots(self, o: int, n: int) -> tuple[list[tuple[int, int]], list[bool], list[tuple[int, int]]]:
+        """What the slots of two objects point to, side by side: functions, strings (are they equal?), other objects.
 
         An object reaches to where something else is named, or as far as pointer follows upon pointer.
         """
+        old, new = self.old.image, self.new.image
+        functions, texts, objects = [], [], []
         reach = min(_reach(self.old, o), _reach(self.new, n))
         for offset in range(0, MAX_SLOTS, 8):
-            to, tn = self.old.image.pointer_at(o + offset), self.new.image.pointer_at(n + offset)
+            to, tn = old.pointer_at(o + offset), new.pointer_at(n + offset)
             if (to is None) != (tn is None) or (to is None and offset >= reach):
-                return
+                break
             if to is None or tn is None:
                 continue
             i, j = self.old.function_of(to), self.new.function_of(tn)
+            kinds = old.kind_at(to), new.kind_at(tn)
             if min(i, j) >= 0 and self.old.starts[i] == to and self.new.starts[j] == tn:
-                yield i, j
+                functions.append((i, j))
+            elif kinds == (Kind.CONSTANT, Kind.CONSTANT):
+                texts.append(old.string_at(to) == new.string_at(tn))
+            elif kinds[0] in (Kind.RELRO, Kind.DATA) and kinds[1] in (Kind.RELRO, Kind.DATA):
+                objects.append((to, tn))
+        return functions, texts, objects
 
     def _same_pairs(self) -> NDArray[np.int64]:
         same = np.nonzero(self._same())[0]

@@ -127,3 +127,25 @@ def test_a_callback_that_was_rewritten_is_known_by_its_place_in_a_table(compiled
     verdict = judge(compiled, pair).check()
     assert verdict.reasons == {"checks": "code"}
     assert verdict.functions["checks"].entry_jump
+
+
+def test_a_rewritten_callback_is_known_by_a_table_that_only_a_table_names(compiled: Compiler) -> None:
+    """As OpenSSL's providers are built: a list of algorithms, each with a table of numbered functions."""
+    long = (
+        "for (int i = 0; i < x; i++) { if (i % 3 == 1) company_a ^= company2(i) << 3; else company_b += i * x; }"
+        ' printf("many %ld\\n", company_b); if (x > 7) company3(x); return (int)(company_a % 17);'
+    )
+    pair = program(
+        "struct entry { int id; int (*f)(int); };\nstruct algorithm { const char *names; const struct entry *f; };\n"
+        "SEPARATE int opens(int x) { return company1(x) + 1; }\nSEPARATE int checks(int x) { BODY }\n"
+        "SEPARATE int closes(int x) { return company2(x) + 2; }\n"
+        "static const struct entry first[] = {{1, opens}, {2, closes}, {0, 0}};\n"
+        "static const struct entry second[] = {{1, opens}, {7, checks}, {2, closes}, {0, 0}};\n"
+        'static const struct algorithm all[] = {{"one", first}, {"two", second}, {0, 0}};\n'
+        "SEPARATE const struct algorithm *query(int x) { puts(\"query\"); return all + x; }\n"
+        "SEPARATE int runs(int x) { return query(x & 1)->f[x & 3].f(x); }",
+        "runs(n)", BODY=("return 1;", long),
+    )  # fmt: skip
+    verdict = judge(compiled, pair).check()
+    assert verdict.reasons == {"checks": "code"}
+    assert verdict.functions["checks"].entry_jump
