@@ -26,6 +26,7 @@ def find(draft: Draft, allowed: frozenset[str]) -> tuple[Finding, ...]:
 
 RULES: tuple[Rule, ...] = (
     addresses.unbound_references,
+    addresses.added_distances,
     addresses.variable_sizes,
     addresses.guessed_addresses,
     types.struct_layout,

@@ -7,13 +7,16 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from elfdiff.code import LEA, FieldKind
+from elfdiff.code import LEA, Code, FieldKind
 from elfdiff.findings.places import MANY, functions, name_at, where
 from elfdiff.identity_x86_64 import compared_addresses
 from elfdiff.image import STT_OBJECT, Image, Kind, SymbolTable
 from elfdiff.patchbuild import Draft
 from elfdiff.patchobject import Finding, Severity
 from elfdiff.variables import object_at
+
+MAX_DISTANCE = 1 << 40
+"""No image is larger."""
 
 
 def unbound_references(draft: Draft) -> Iterator[Finding]:
@@ -38,6 +41,43 @@ def unbound_references(draft: Draft) -> Iterator[Finding]:
             "the new code would read or write something else than the running program does",
             "builds with symbols (not stripped) say what the addresses are",
         )
+
+
+def added_distances(draft: Draft) -> Iterator[Finding]:
+    """A changed function adds 64-bit distances to an address of its own image: no reference shows what it means.
+
+    The large and the medium code model of position-independent code (psABI x86-64, 3.5.4) do; in both the distance
+    is the immediate of a ``movabs``, where any other number of its size has a shorter encoding.
+    """
+    code = draft.comparison.new
+    if code.image.fixed_address:
+        return
+    found = [j for j in sorted({code.function_of(f.new_start) for f in draft.functions}) if _adds_distances(code, j)]
+    if found:
+        yield Finding(
+            "unpinned-address",
+            Severity.REFUSE,
+            f"{len(found)} changed function(s) compute addresses from 64-bit distances",
+            functions(draft, found),
+            "what such a distance leads to is somewhere else in the running program",
+            "build without -mcmodel=large or -mcmodel=medium, or restart the program",
+        )
+
+
+def _adds_distances(code: Code, function: int) -> bool:
+    at = code.instructions(function)
+    at = at[code.decoded.imm_size[at] == 8]
+    if not len(at):
+        return False
+    distances = np.array(
+        [int.from_bytes(code.raw[a : a + 8].tobytes(), "little", signed=True) for a in at + code.decoded.imm_field[at]],
+        np.int64,
+    )
+    distances = distances[np.abs(distances // 2) < MAX_DISTANCE]
+    rows = code.references.of(function)
+    taken = code.references.target[rows][code.references.opcode[rows] == LEA]
+    reached = (taken[:, None] + distances).ravel()
+    return bool(((reached >= code.image.base) & (reached < code.image.high)).any())
 
 
 def _users(draft: Draft, indices: set[int]) -> tuple[str, ...]:
