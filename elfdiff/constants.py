@@ -303,7 +303,10 @@ class _Comparer:
             return self._same_code(o, n)
         if kind_old in CONSTANTS and kind_new in CONSTANTS:
             first, second = self.old.string_alone(o), self.new.string_alone(n)
-            return first == second
+            if (first is None) == (second is None):
+                return first == second
+            # A string in one build, and in the other one with something behind it that nobody names.
+            return bool(first or second) and self.old.image.string_at(o) == self.new.image.string_at(n)
         known = self.addresses.certain(n)
         return known == o if known is not None else self.addresses.order.fits(o, n)
 
