@@ -86,7 +86,6 @@ def _segment_data(binding: Binding, bias: int, values: Sequence[tuple[int, int]]
         ranges=tuple((item.vaddr + bias, item.vaddr + bias + item.size) for item in text),
         low=patch.low + bias,
         high=patch.high + bias,
-        bias=bias,
         link_map=binding.link_map,
         eh_frame_hdr=patch.eh_frame_hdr + bias,
         name=f"livegraft patch {patch.id[:12]}",

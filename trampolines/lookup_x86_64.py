@@ -27,14 +27,13 @@ _PF_X, _PF_R = 1, 4
 class Answer:
     """What a lookup says, all absolute addresses: ``ranges`` of code [start, end), and the search table for them.
 
-    ``low`` and ``high`` span the whole mapping, ``bias`` is its load bias; ``link_map`` is that of the image that the
-    code belongs to (link.h), ``name`` what the object is called.
+    ``low`` and ``high`` span the whole mapping; ``link_map`` is that of the image that the code belongs to (link.h),
+    ``name`` what the object is called.
     """
 
     ranges: tuple[tuple[int, int], ...]
     low: int
     high: int
-    bias: int
     link_map: int
     eh_frame_hdr: int
     name: str
@@ -73,12 +72,15 @@ def iterate(answer: Answer, original: int, at: int) -> Lookup:
 
     The object is told after the first one that the original tells of, from inside its callback: the lock that the
     original holds then is what callers rely on, and ``dlpi_adds`` and ``dlpi_subs`` are those of the moment.
+
+    Its load address is where it begins. The true bias of a patch that lies below the addresses that it keeps is
+    negative, and LLVM's libunwind passes over objects whose load address is beyond the code that it looks for.
     """
-    headers = [_header(_PT_LOAD, _PF_R | _PF_X, start - answer.bias, end - start) for start, end in _ranges(answer)]
-    headers.append(_header(_PT_GNU_EH_FRAME, _PF_R, answer.eh_frame_hdr - answer.bias, 8))
+    headers = [_header(_PT_LOAD, _PF_R | _PF_X, start - answer.low, end - start) for start, end in _ranges(answer)]
+    headers.append(_header(_PT_GNU_EH_FRAME, _PF_R, answer.eh_frame_hdr - answer.low, 8))
     first_header = at + 40
     name = first_header + sum(map(len, headers))
-    words = [original, answer.bias, name, first_header, len(headers)]
+    words = [original, answer.low, name, first_header, len(headers)]
     data = _padded(_words(words) + b"".join(headers) + answer.name.encode("utf-8") + b"\0")
     return Lookup(data + assemble_function([*_ITERATE, *_VISIT], len(data)), len(data))
 

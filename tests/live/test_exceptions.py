@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,8 @@ pytestmark = pytest.mark.root
 
 CPP = ("-std=gnu++17", "-fexceptions", "-pthread")
 BUNDLED = ("-static-libgcc", "-static-libstdc++")
+LIBCXX = ("-stdlib=libc++", "-lunwind")
+"""LLVM's unwinder, which asks dl_iterate_phdr. glibc cancels threads and looks at stacks by libgcc_s all the same."""
 BUILDS = {
     "gcc -O2": ("g++", "pie", ("-O2",)),
     "gcc -O0": ("g++", "pie", ("-O0",)),
@@ -40,6 +44,9 @@ BUILDS = {
     "clang fixed -O2": ("clang++", "no-pie", ("-O2",)),
     "clang bundled": ("clang++", "no-pie", ("-O0", *BUNDLED)),
     "clang lld": ("clang++", "pie", ("-O2", "-fuse-ld=lld")),
+    "clang libc++": ("clang++", "pie", ("-O2", *LIBCXX)),
+    "clang libc++ fixed": ("clang++", "no-pie", ("-O2", *LIBCXX)),
+    "clang libc++ bundled": ("clang++", "no-pie", ("-O2", *LIBCXX, "-Wl,-Bstatic", "-lunwind", "-Wl,-Bdynamic")),
 }
 
 
@@ -52,18 +59,20 @@ def built(compiled: Compiler, sources: dict[str, str], *flags: str, link: str = 
     return compiled(sources, *CPP, *flags, link=link, cc=cc)
 
 
-COLD = ("gcc -O2", "gcc fixed -O0", "gcc bundled", "gcc bound at start", "clang lld")
+COLD = ("gcc -O2", "gcc fixed -O0", "gcc bundled", "gcc bound at start", "clang lld", "clang libc++ fixed")
 """Builds in which the first exception of all is thrown when the patch is in force: slots are not bound yet."""
 
 
 @pytest.mark.parametrize(("name", "warm"), [(name, name not in COLD) for name in BUILDS], ids=str)
 def test_exceptions_are_thrown_caught_and_pass(name: str, warm: bool, compiled: Compiler, tmp_path: Path) -> None:
     cc, link, flags = BUILDS[name]
-    bundled = "-static-libgcc" in flags
-    sources = (everything(version, cancels=not bundled) for version in (1, 2))
+    if "-lunwind" in flags:
+        require_libcxx()
+    other_unwinder = "-static-libgcc" in flags or "-lunwind" in flags
+    sources = (everything(version, cancels=not other_unwinder) for version in (1, 2))
     old, new = (built(compiled, source, *flags, link=link, cc=cc) for source in sources)
     patch = patch_for(old, new, tmp_path)
-    asked = [n for n in ASKED if n != BACKTRACE or not bundled]  # backtrace(3) loads another unwinder
+    asked = [n for n in ASKED if n != BACKTRACE or not other_unwinder]  # backtrace(3) loads another unwinder
     with Running([old]) as fresh, Running([new]) as renewed:
         before, after = fresh.ask(*asked), renewed.ask(*asked)
     assert [b - a for a, b in zip(before, after, strict=True)] == [0 if n in UNVERSIONED else 1000 for n in asked]
@@ -77,6 +86,15 @@ def test_exceptions_are_thrown_caught_and_pass(name: str, warm: bool, compiled: 
             assert program.ask(*asked) == before
         assert altered_code(program.pid) == []
         assert slots_of(program.pid) == "plain"
+
+
+def require_libcxx() -> None:
+    if shutil.which("clang++") is None:
+        pytest.skip("the compiler clang++ is not installed")
+    for library in ("libc++.so", "libunwind.so"):
+        found = subprocess.run(["clang++", f"-print-file-name={library}"], capture_output=True, text=True, check=False)
+        if not found.stdout.startswith("/"):
+            pytest.skip(f"LLVM's C++ library is not installed: {library} (libc++-dev, libunwind-14-dev)")
 
 
 def slots_of(pid: int) -> str:
