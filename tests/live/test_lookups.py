@@ -52,7 +52,8 @@ int iterate_c(int (*told_to)(struct dl_phdr_info *, size_t, void *), void *data)
     return 0;
 }
 #define SPOILT(register) "mov " register ", -1\n"
-#define SPOIL SPOILT("rcx") SPOILT("rdx") SPOILT("rsi") SPOILT("rdi") SPOILT("r8") SPOILT("r9") SPOILT("r10") SPOILT("r11")
+#define SPOIL SPOILT("rcx") SPOILT("rdx") SPOILT("rsi") SPOILT("rdi") SPOILT("r8") SPOILT("r9") SPOILT("r10") \
+    SPOILT("r11")
 #define ALIGNED "lea rax, [rsp + 8]\n and eax, 15\n or qword ptr [rip + misaligned], rax\n"
 #define SAME(register, number) "mov rax, " SENT #number "\n cmp " register ", rax\n jne 1f\n"
 #define SET(register, number) "mov " register ", " SENT #number "\n"
