@@ -293,10 +293,14 @@ class _Matcher:
     def _slots(self, o: int, n: int) -> tuple[list[tuple[int, int]], list[bool], list[tuple[int, int]]]:
         """What the slots of two objects point to, side by side: functions, strings (are they equal?), other objects.
 
-        An object reaches to where something else is named, or as far as pointer follows upon pointer.
+        An object reaches to where something else is named, or as far as pointer follows upon pointer. Objects behind
+        strings that differ are of different rows, and are left out.
         """
         old, new = self.old.image, self.new.image
-        functions, texts, objects = [], [], []
+        functions: list[tuple[int, int]] = []
+        texts: list[bool] = []
+        objects: list[tuple[int, int]] = []
+        alike = True
         reach = min(_reach(self.old, o), _reach(self.new, n))
         for offset in range(0, MAX_SLOTS, 8):
             to, tn = old.pointer_at(o + offset), new.pointer_at(n + offset)
@@ -310,8 +314,10 @@ class _Matcher:
                 functions.append((i, j))
             elif kinds == (Kind.CONSTANT, Kind.CONSTANT):
                 texts.append(old.string_at(to) == new.string_at(tn))
+                alike &= texts[-1]
             elif kinds[0] in (Kind.RELRO, Kind.DATA) and kinds[1] in (Kind.RELRO, Kind.DATA):
-                objects.append((to, tn))
+                objects += [(to, tn)] if alike else []
+                alike = True
         return functions, texts, objects
 
     def _same_pairs(self) -> NDArray[np.int64]:
