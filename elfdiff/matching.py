@@ -34,7 +34,9 @@ MIN_SIMILARITY = 0.5
 MAX_GAP = 200
 """Functions of a gap that are compared each with each."""
 MAX_SLOTS = 4096
-"""Bytes of a pointer table whose slots vote."""
+"""Bytes of a pointer table whose slots vote, where nothing says how far it reaches."""
+MAX_TABLE = 1 << 16
+"""Bytes of any object whose slots vote."""
 
 
 class How(IntEnum):
@@ -302,7 +304,7 @@ class _Matcher:
         objects: list[tuple[int, int]] = []
         alike = True
         reach = min(_reach(self.old, o), _reach(self.new, n))
-        for offset in range(0, MAX_SLOTS, 8):
+        for offset in range(0, max(MAX_SLOTS, min(reach, MAX_TABLE)), 8):
             to, tn = old.pointer_at(o + offset), new.pointer_at(n + offset)
             if (to is None) != (tn is None) or (to is None and offset >= reach):
                 break
