@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from elfdiff.errors import LivegraftError, Refused, TargetDamaged
+from elfdiff.errors import LivegraftError, TargetDamaged
 from trampolines.lookup_x86_64 import Answer, find_object, iterate
 
 from .binding import PF_R, PF_X, Binding, BoundSegment
@@ -24,6 +24,7 @@ from .modules import Module
 from .proc import Mapping, mapping_over
 from .record import Record, RecordedLookup, State
 from .unwinders import FIND_OBJECT, LookupSlot
+from .vetting import own_text
 
 ReadBytes = Callable[[Sequence[tuple[int, int]]], list[bytes]]
 """Return the bytes of every (absolute address, size): Memory.read_many."""
@@ -111,11 +112,12 @@ def reusable(binding: Binding, recorded: Sequence[RecordedLookup], records: Iter
 
 
 class Chains:
-    """The stand-ins of all records of a process."""
+    """The stand-ins of all records of a process that were ever in force; the others' are in no slot."""
 
     def __init__(self, records: Iterable[Record]) -> None:
         """``records``: all of the process, whatever their state."""
-        self.owners = {item.stand_in: (record, item) for record in records for item in record.contents.lookups}
+        ever = [record for record in records if record.state is not State.PREPARED]
+        self.owners = {item.stand_in: (record, item) for record in ever for item in record.contents.lookups}
 
     def links(self, value: int) -> list[int]:
         """The stand-ins that a call through a slot of this value passes, in order."""
@@ -157,8 +159,9 @@ def unhook_writes(
 ) -> tuple[WordWrite, ...]:
     """The writes that take the stand-ins of ``ended`` records out of the slots, as far as they are in front.
 
-    ``records`` are all of the process; slots of images that are no longer loaded are left. Raises Refused where a
-    slot holds what no record knows.
+    ``records`` are all of the process. Left alone are slots of images that are no longer loaded, and slots that hold
+    what is no stand-in: the image was loaded again since, or somebody else is in front. Whoever goes on asking a
+    stand-in may do so, since it stays mapped.
     """
     gone = {item.address for item in ended}
     chains = Chains(records)
@@ -166,9 +169,6 @@ def unhook_writes(
     lookups = [slots[address] for address in sorted(slots)]
     writes = []
     for item, held in zip(lookups, _held(lookups, read), strict=True):
-        if held not in chains.owners:
-            _require_ours(item, held)
-            continue
         wanted = chains.without(held, lambda record: record.address in gone or not _in_force(record))
         if wanted != held:
             writes.append(_write(item.slot, held, wanted))
@@ -177,16 +177,6 @@ def unhook_writes(
 
 def _in_force(record: Record) -> bool:
     return record.state is State.APPLIED or record.interrupted
-
-
-def _require_ours(item: RecordedLookup, held: int) -> None:
-    """A slot without any stand-in: never written, or bound by the dynamic linker since; anything else is foreign."""
-    if held not in (item.before, item.passes_to):
-        raise Refused(
-            f"the slot of {item.symbol} at {item.slot:#x} was changed by somebody else",
-            why=f"it holds {held:#x}, which is neither the dynamic linker's nor any patch's",
-            next_step="detach what wrote there, or restart the program",
-        )
 
 
 def _held(lookups: Iterable[RecordedLookup], read: ReadBytes) -> Iterator[int]:
@@ -223,14 +213,17 @@ def require_believable_lookups(
 ) -> None:
     """Raise TargetDamaged where a record speaks of a slot that is none, or of values that are no code.
 
-    The target can write its own records; they must not have anything else of it written.
+    The target can write its own records; they must not have anything else of it written. Those that were never in
+    force count for nothing, and their patch need not be mapped.
     """
     known = {slot.address for slot in slots}
     chains = Chains(records)
     for record in records:
-        text = [item for item in record.contents.segments if item.flags & PF_X]
+        if record.state is State.PREPARED:
+            continue
+        text = own_text(record, maps)
         for item in record.contents.lookups:
-            own = any(part.start <= item.stand_in < part.start + part.size for part in text)
+            own = any(item.stand_in in part for part in text)
             earlier = mapping_over(maps, item.before, 1)
             code = item.before in chains.owners or (earlier is not None and earlier.executable)
             if _is_loaded(item, loaded) and not (own and code and item.slot in known):

@@ -105,7 +105,7 @@ def _look(pid: int, memory: Memory) -> Snapshot:
     """Look at the process; refuse to go on where its records are damaged or say what cannot be."""
     seen = take_snapshot(pid, memory)
     require_intact(seen)
-    require_believable(seen.records, seen.modules, pid)
+    require_believable(seen.records, seen.modules, seen.maps, pid)
     if any(record.contents.lookups for record in seen.records):
         require_believable_lookups(seen.records, lookup_slots(seen.modules, memory), seen.modules, seen.maps)
     return seen

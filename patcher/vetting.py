@@ -18,10 +18,10 @@ from trampolines.entry_x86_64 import ENTRY_JUMP_SIZE, entry_jump_target
 from .binding import PF_X
 from .modules import Module
 from .proc import Mapping, mapping_over
-from .record import JournalEntry, Record, State
+from .record import MEMFD_PATH, JournalEntry, Record, State
 
 
-def require_believable(records: Iterable[Record], loaded: Sequence[Module], pid: int) -> None:
+def require_believable(records: Iterable[Record], loaded: Sequence[Module], maps: Sequence[Mapping], pid: int) -> None:
     """Raise TargetDamaged where a record says what cannot be so.
 
     Only those that were ever begun matter, and only where their image is still loaded: nothing is done by the
@@ -31,10 +31,11 @@ def require_believable(records: Iterable[Record], loaded: Sequence[Module], pid:
         module = module_of_record(record, loaded)
         if module is None or record.state is State.PREPARED:
             continue
+        text = own_text(record, maps)
         for mapping, entries in _by_mapping(record, module):
             with _mapped_file(pid, mapping) as descriptor:
                 for entry in entries:
-                    _require_plain(record, entry)
+                    _require_plain(record, entry, text)
                     _require_pristine(record, entry, mapping, descriptor)
 
 
@@ -54,20 +55,28 @@ def _by_mapping(record: Record, module: Module) -> Iterator[tuple[Mapping, Seque
     yield from groups.items()
 
 
-def _require_plain(record: Record, entry: JournalEntry) -> None:
+def _require_plain(record: Record, entry: JournalEntry, text: Sequence[range]) -> None:
     if len(entry.after) != ENTRY_JUMP_SIZE:
         raise _unbelievable(record, entry, f"{len(entry.after)} bytes are no entry jump")
     if entry.after == entry.pristine:
         return
     target = entry_jump_target(entry.address, entry.after)
-    if target is None or not _in_own_code(record, target):
+    if target is None or not any(target in part for part in text):
         raise _unbelievable(record, entry, f"{entry.after.hex(' ')} does not lead into the patch")
 
 
-def _in_own_code(record: Record, address: int) -> bool:
-    return any(
-        item.flags & PF_X and item.start <= address < item.start + item.size for item in record.contents.segments
-    )
+def own_text(record: Record, maps: Sequence[Mapping]) -> tuple[range, ...]:
+    """Where a record's patch has code, absolute addresses: as it says, and as it is mapped.
+
+    Where its segments are, the record could say of any code of the process; what is mapped there must be such as a
+    patch is: not from a file.
+    """
+    found = []
+    for item in record.contents.segments:
+        mapping = mapping_over(maps, *item.span)
+        if item.flags & PF_X and mapping is not None and mapping.executable and mapping.path in ("", MEMFD_PATH):
+            found.append(range(item.start, item.start + item.size))
+    return tuple(found)
 
 
 def _require_pristine(record: Record, entry: JournalEntry, mapping: Mapping, descriptor: int | None) -> None:
