@@ -10,7 +10,6 @@ instructions of functions that changed.
 from __future__ import annotations
 
 import bisect
-from collections import Counter
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -116,7 +115,7 @@ def learn(old: Code, new: Code, matching: Matching, alike: NDArray[np.int64]) ->
     for n, votes in forward.items():
         o = _winner(votes)
         if n in voters.constant:
-            old_of[n] = votes.most_common(1)[0][0], Evidence.PIN
+            old_of[n] = _most_voted(votes), Evidence.PIN
         elif o is not None and _winner(backward[o]) == n and not _other_name(old.image, new.image, o, n):
             old_of[n] = o, Evidence.PIN
     old_of.update(_by_name(old.image, new.image))
@@ -151,10 +150,15 @@ def _voters(new: Code, pins: Pins, data: NDArray[np.bool_]) -> _Voters:
     return _Voters(constant, frozenset(addresses[counts == 1].tolist()))
 
 
-def _winner(votes: Counter[int]) -> int | None:
+def _winner(votes: dict[int, int]) -> int | None:
     """What has more votes than any other."""
-    first, *rest = votes.most_common(2)
-    return first[0] if not rest or first[1] > rest[0][1] else None
+    first = _most_voted(votes)
+    return first if len(votes) == 1 or list(votes.values()).count(votes[first]) == 1 else None
+
+
+def _most_voted(votes: dict[int, int]) -> int:
+    """What has the most votes; of several the first."""
+    return max(votes, key=votes.__getitem__)
 
 
 def _other_name(old: Image, new: Image, o: int, n: int) -> bool:
@@ -176,14 +180,15 @@ def _pins(old: Code, new: Code, pairs: NDArray[np.int64]) -> Pins:
     return Pins(left, right, old.references.target[left], new.references.target[right])
 
 
-def _tally(first: Addresses, second: Addresses) -> tuple[dict[int, Counter[int]], dict[int, Counter[int]]]:
+def _tally(first: Addresses, second: Addresses) -> tuple[dict[int, dict[int, int]], dict[int, dict[int, int]]]:
     """Votes new -> old and old -> new."""
-    forward: dict[int, Counter[int]] = {}
-    backward: dict[int, Counter[int]] = {}
+    # Plain dictionaries: most addresses have one vote, and making a Counter costs more than counting it.
+    forward: dict[int, dict[int, int]] = {}
+    backward: dict[int, dict[int, int]] = {}
     pairs, _, counts = distinct(first, second)
     for (o, n), count in zip(pairs.tolist(), counts.tolist(), strict=True):
-        forward.setdefault(n, Counter())[o] += count
-        backward.setdefault(o, Counter())[n] += count
+        forward.setdefault(n, {})[o] = count
+        backward.setdefault(o, {})[n] = count
     return forward, backward
 
 
@@ -201,7 +206,7 @@ def _add_survivors(
     forward, _ = _tally(first[data], second[data])
     taken = set(order.mapped.values())
     for n, votes in forward.items():
-        o = votes.most_common(1)[0][0]
+        o = _most_voted(votes)
         writable = new.image.kind_at(n) in WRITABLE
         wrong = writable and (o in taken or not order.fits(o, n) or _other_name(old.image, new.image, o, n))
         if n not in old_of and n not in disputed and len(votes) == 1 and not wrong:

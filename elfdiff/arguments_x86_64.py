@@ -17,6 +17,7 @@ WINDOW = 14
 ARGUMENTS = (7, 6, 2, 1, 8, 9)
 """Numbers of rdi rsi rdx rcx r8 r9, in the order of arguments (psABI, section 3.2.3)."""
 ARGUMENT_REGISTERS = frozenset(ARGUMENTS)
+_MEMORY, _IMMEDIATE = int(FieldKind.MEMORY), int(FieldKind.ABSOLUTE_IMMEDIATE)
 
 _SOURCE_FILE = re.compile(rb"[\w./+~-]*\w\.(?:c|h|cc|cpp|cxx|hh|hpp|inc|y|l|S)\Z")
 
@@ -37,24 +38,41 @@ def immediate(code: Code, a: int) -> int:
     return int.from_bytes(code.raw[field : field + 4].tobytes(), "little")
 
 
-def file_loads(code: Code, function: int) -> dict[int, bytes]:
-    """Instruction offset -> the source file name whose address it loads."""
-    references, image = code.references, code.image
-    rows = references.of(function)
-    loads = {}
-    for address, kind, opcode, target in zip(
-        references.instruction[rows].tolist(),
-        references.kind[rows].tolist(),
-        references.opcode[rows].tolist(),
-        references.target[rows].tolist(),
-        strict=True,
-    ):
-        if (kind == FieldKind.MEMORY and opcode == LEA) or kind == FieldKind.ABSOLUTE_IMMEDIATE:
-            section = image.section_at(target)
-            text = image.string_at(target, 512) if section and section.kind is Kind.CONSTANT else None
-            if text and _SOURCE_FILE.match(text):
-                loads[address - code.base] = text
-    return loads
+class SourceFiles:
+    """The source file names that functions of one build load; each function and each string is read once."""
+
+    def __init__(self, code: Code) -> None:
+        """Nothing is read yet."""
+        self.code = code
+        self._loads: dict[int, dict[int, bytes]] = {}
+        self._names: dict[int, bytes | None] = {}
+
+    def loads(self, function: int) -> dict[int, bytes]:
+        """Instruction offset -> the source file name whose address it loads."""
+        found = self._loads.get(function)
+        if found is None:
+            found = self._loads[function] = self._read(function)
+        return found
+
+    def _read(self, function: int) -> dict[int, bytes]:
+        references = self.code.references
+        rows = references.of(function)
+        kind = references.kind[rows]
+        taken = (kind == _MEMORY) & (references.opcode[rows] == LEA) | (kind == _IMMEDIATE)
+        at, targets = references.instruction[rows][taken], references.target[rows][taken]
+        loads = {}
+        for offset, target in zip((at - self.code.base).tolist(), targets.tolist(), strict=True):
+            name = self._name(target)
+            if name is not None:
+                loads[offset] = name
+        return loads
+
+    def _name(self, address: int) -> bytes | None:
+        if address not in self._names:
+            image = self.code.image
+            text = image.string_at(address, 512) if image.kind_at(address) is Kind.CONSTANT else None
+            self._names[address] = text if text and _SOURCE_FILE.match(text) else None
+        return self._names[address]
 
 
 def loaded_register(code: Code, a: int) -> int:

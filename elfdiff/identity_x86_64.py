@@ -10,13 +10,18 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from elfdiff.code import LEA, Code, FieldKind
+from elfdiff.decode_x86_64 import RefKind
 
 WINDOW = 16
 """Instructions behind one that takes an address within which its use is looked for."""
 _COMPARING = frozenset((0x29, 0x2B, 0x39, 0x3B))
 """sub and cmp between registers and memory, 64 bits wide (Intel SDM volume 2)."""
+_CALL = int(RefKind.CALL)
+_PLAIN_CALL = 5
+"""Bytes of a call rel32 without prefixes."""
 _SECOND = 7
 """Operation of opcode 81 that is cmp; sub is 5."""
 
@@ -53,6 +58,8 @@ def _is_compared(code: Code, function: int, at: int) -> bool:
     """
     instructions = code.instructions(function)
     first = int(np.searchsorted(instructions, at))
+    if not _may_be_compared(code, instructions[first : first + WINDOW]):
+        return False
     raw = bytes(code.raw[at : int(instructions[min(first + WINDOW, len(instructions) - 1)])])
     register: str | None = None
     for instruction in _disassembler().disasm(raw, at):
@@ -66,6 +73,23 @@ def _is_compared(code: Code, function: int, at: int) -> bool:
             return True
         if register in written or instruction.mnemonic == "call":
             return False
+    return False
+
+
+def _may_be_compared(code: Code, at: NDArray[np.int64]) -> bool:
+    """Whether behind the first of some instructions, and in front of a call, one compares a register like its own.
+
+    By the lower three bits of the register's number; it spares most addresses the decoding of operands.
+    """
+    decoded = code.decoded
+    opcodes, modes = decoded.opcode[at].tolist(), decoded.modrm[at].tolist()
+    calls = ((decoded.ref_kind[at] == _CALL) & (decoded.length[at] == _PLAIN_CALL)).tolist()
+    register = modes[0] >> 3 & 7 if opcodes[0] == LEA else None
+    for opcode, call, mode in zip(opcodes[1:], calls[1:], modes[1:], strict=True):
+        if call:
+            return False
+        if opcode in _COMPARING and (register is None or register in (mode >> 3 & 7, mode & 7)):
+            return True
     return False
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -49,7 +50,7 @@ def layout_traces(alignments: Alignments, pairs: list[tuple[int, int]]) -> Itera
     sizes = _allocation_sizes(alignments, wanted)
     for k, ((i, j), moved) in enumerate(zip(pairs, _moved_operands(alignments, wanted), strict=True)):
         thread_local = tuple(shift for one in moved if one is not None for shift in one.thread_local)
-        fields = tuple(shift for n, one in enumerate(moved) if one is not None for shift in _in_context(moved, n))
+        fields = tuple(shift for n, one in enumerate(moved) if one and one.fields for shift in _in_context(moved, n))
         explained = sum(one is not None for one in moved)
         only = bool(explained == counts[0][i] == counts[1][j])
         yield LayoutTraces(j, fields, only, thread_local, tuple(sizes.get(k, ())))
@@ -69,7 +70,7 @@ def _moved_operands(alignments: Alignments, pairs: NDArray[np.int64]) -> Iterato
     survivors = alignments.survivors(pairs, shape=True)
     equal = _same_bytes(old, new, survivors)
     suspect = _may_move(old, survivors.old) | _may_move(new, survivors.new)
-    suspect &= ~equal
+    suspect &= ~_same_bytes(old, new, survivors, immediates=False)
     operands = _operand_reader() if suspect.any() else None
     bounds = np.searchsorted(survivors.pair, np.arange(len(pairs) + 1)).tolist()
     same = _Moved()
@@ -88,12 +89,18 @@ def _moved_operands(alignments: Alignments, pairs: NDArray[np.int64]) -> Iterato
         yield found
 
 
-def _same_bytes(old: Code, new: Code, survivors: Survivors) -> NDArray[np.bool_]:
-    """Which surviving instructions are equal, fields that lead outside zeroed."""
-    length = old.decoded.length[survivors.old]
-    same: NDArray[np.bool_] = length == new.decoded.length[survivors.new]
+def _same_bytes(old: Code, new: Code, survivors: Survivors, *, immediates: bool = True) -> NDArray[np.bool_]:
+    """Which surviving instructions are equal, fields that lead outside zeroed; or all but 32- and 64-bit immediates."""
+    first, second = old.decoded, new.decoded
+    length, field = first.length[survivors.old], first.imm_field[survivors.old]
+    size = first.imm_size[survivors.old]
+    same: NDArray[np.bool_] = length == second.length[survivors.new]
+    passed = (field == second.imm_field[survivors.new]) & (size == second.imm_size[survivors.new]) & (field > 0)
     for k in range(int(length.max(initial=0))):
-        rows = np.nonzero(same & (k < length))[0]
+        compared = same & (k < length)
+        if not immediates:
+            compared &= ~(passed & (field <= k) & (k < field + size))
+        rows = np.nonzero(compared)[0]
         same[rows] = old.masked[survivors.old[rows] + k] == new.masked[survivors.new[rows] + k]
     return same
 
@@ -133,6 +140,7 @@ def _operand_reader() -> Callable[[bytes], list[_Operand]]:
     decoder = capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64)
     decoder.detail = True
 
+    @cache
     def operands(raw: bytes) -> list[_Operand]:
         return [
             (o.mem.segment, o.mem.base, o.mem.index, o.mem.scale, o.mem.disp)

@@ -11,8 +11,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from elfdiff.arguments_x86_64 import ARGUMENTS, MAX_LINE, WINDOW, argument, file_loads, immediate, loaded_register
-from elfdiff.code import Code, FieldKind
+from elfdiff.arguments_x86_64 import ARGUMENTS, MAX_LINE, WINDOW, SourceFiles, argument, immediate, loaded_register
+from elfdiff.code import FieldKind
 from elfdiff.decode_x86_64 import RefKind
 
 SAMPLE = 96
@@ -26,9 +26,9 @@ BEHIND = dict(pairwise(ARGUMENTS))
 class LineParameters:
     """Learned from the calls of one build, for each callee when it is asked for."""
 
-    def __init__(self, code: Code) -> None:
-        """Learn from ``code``."""
-        self.code = code
+    def __init__(self, files: SourceFiles) -> None:
+        """Learn from the code that loads them."""
+        self.files, self.code = files, files.code
         self._known: dict[int, int | None] = {}
 
     def register_of(self, callee: int) -> int | None:
@@ -50,7 +50,7 @@ class LineParameters:
         rows = rows[:: max(1, len(rows) // SAMPLE)]
         seen: dict[int, list[tuple[bytes, int]]] = {}
         for row in rows.tolist():
-            for register, file, value in _files_and_numbers(self.code, row):
+            for register, file, value in _files_and_numbers(self.files, row):
                 seen.setdefault(register, []).append((file, value))
         for register, sites in seen.items():
             numbers = [site for site in sites if 0 < site[1] <= MAX_LINE]
@@ -60,13 +60,13 @@ class LineParameters:
         return None
 
 
-def _files_and_numbers(code: Code, row: int) -> Iterator[tuple[int, bytes, int]]:
+def _files_and_numbers(source: SourceFiles, row: int) -> Iterator[tuple[int, bytes, int]]:
     """(register, file name, number) of the argument behind a source file's name, at one call; 0: no number."""
-    references = code.references
+    code, references = source.code, source.code.references
     function = int(references.function[row])
     at = code.instructions(function)
     index = int(np.searchsorted(at, references.instruction[row] - code.base))
-    loads = file_loads(code, function)
+    loads = source.loads(function)
     files: dict[int, bytes] = {}
     numbers: dict[int, int] = {}
     for offset in at[max(0, index - WINDOW) : index][::-1].tolist():

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from elfdiff.arguments_x86_64 import MAX_LINE, WINDOW, argument, file_loads, immediate
+from elfdiff.arguments_x86_64 import MAX_LINE, WINDOW, SourceFiles, argument, immediate
 from elfdiff.code import Code
 from elfdiff.decode_x86_64 import RefKind
 from elfdiff.image import Kind
@@ -57,14 +57,15 @@ class _Line:
 
 def line_only(old: Code, new: Code, matching: Matching) -> list[tuple[int, int]]:
     """Those of the function pairs of different bytes that differ in line numbers alone."""
-    candidates = {(i, j): _candidate(old, new, i, j) for i, j in matching.pairs(same=False).tolist()}
+    files = SourceFiles(old), SourceFiles(new)
+    candidates = {(i, j): _candidate(*files, i, j) for i, j in matching.pairs(same=False).tolist()}
     found = {pair: lines for pair, lines in candidates.items() if lines}
     shifts = _Shifts(found)
     shifts.add_unmoved(old, matching.pairs(same=True)[:, 0])
     for pair, lines in candidates.items():
         if not lines:
-            shifts.add_surviving(old, new, matching.alignments, *pair)
-    parameters = LineParameters(old)
+            shifts.add_surviving(*files, matching.alignments, *pair)
+    parameters = LineParameters(files[0])
     return [
         pair
         for pair, lines in found.items()
@@ -114,11 +115,12 @@ class _Shifts:
                     value = immediate(code, int(at[k]))
                     bisect.insort(self.by_file[names[int(references.target[row])]], (value, 0))
 
-    def add_surviving(self, old: Code, new: Code, alignments: Alignments, i: int, j: int) -> None:
+    def add_surviving(self, first: SourceFiles, second: SourceFiles, alignments: Alignments, i: int, j: int) -> None:
         """Lines of functions that changed otherwise, too: their surviving instructions tell how the file moved."""
-        files_old, files_new = file_loads(old, i), file_loads(new, j)
+        files_old, files_new = first.loads(i), second.loads(j)
         if not files_old or not files_new:
             return
+        old, new = first.code, second.code
         at_old, at_new = old.instructions(i), new.instructions(j)
         survivors = alignments.survivors(np.array([[i, j]], np.int64))
         opcodes = old.decoded.opcode[survivors.old]
@@ -153,8 +155,9 @@ class _Shifts:
         return False
 
 
-def _candidate(old: Code, new: Code, i: int, j: int) -> tuple[_Line, ...]:
+def _candidate(old_files: SourceFiles, new_files: SourceFiles, i: int, j: int) -> tuple[_Line, ...]:
     """The arguments in which two functions of the same instructions differ; empty when they differ otherwise."""
+    old, new = old_files.code, new_files.code
     at_old, at_new = old.instructions(i), new.instructions(j)
     if len(at_old) != len(at_new) or old.size(i) != new.size(j):
         return ()
@@ -163,7 +166,7 @@ def _candidate(old: Code, new: Code, i: int, j: int) -> tuple[_Line, ...]:
     first = np.frombuffer(old.masked_bytes(i), np.uint8)
     second = np.frombuffer(new.masked_bytes(j), np.uint8)
     differing = np.nonzero(first != second)[0] + int(at_old[0])
-    files_old, files_new = file_loads(old, i), file_loads(new, j)
+    files_old, files_new = old_files.loads(i), new_files.loads(j)
     lines = []
     for index in np.unique(np.searchsorted(at_old, differing, "right") - 1).tolist():
         a, b = int(at_old[index]), int(at_new[index])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.metadata import version
 
 import numpy as np
 from numpy.typing import NDArray
@@ -201,6 +200,12 @@ def _entered(old: Code, patched: NDArray[np.int64]) -> set[int]:
     return {int(start) for start in np.concatenate([unseen, kept, exported])}
 
 
+def _tool_version() -> str:
+    from importlib.metadata import version  # noqa: PLC0415  (15 ms, and only a patch that is made has one)
+
+    return version("livegraft")
+
+
 def build(result: Draft, findings: tuple[Finding, ...]) -> PatchObject:
     """Lay out the pages and write down what must be checked. ``id`` is set when the object is written."""
     comparison = result.comparison
@@ -208,7 +213,7 @@ def build(result: Draft, findings: tuple[Finding, ...]) -> PatchObject:
     relocations = np.array(sorted(set(result.relocations)), RELOCATION_DTYPE)
     return PatchObject(
         id="",
-        tool_version=version("livegraft"),
+        tool_version=_tool_version(),
         old=build_of(old),
         new=build_of(new),
         segments=_segments(result),
