@@ -1,6 +1,7 @@
 """The error tree: every error knows its exit code, its cause and the next step.
 
     LivegraftError            1  failed          target untouched or rolled back
+    ├── Changed               1  failed          another attempt may do
     ├── BadInput              2  bad-input       no such file, process or patch; wrong usage
     ├── NothingToPatch        3  nothing-to-patch
     ├── Refused               4  refused         not safe, or not this build
@@ -57,6 +58,10 @@ class LivegraftError(Exception):
     def code(self) -> str:
         """The stable name of the exit status."""
         return EXIT_NAMES[self.exit_code]
+
+
+class Changed(LivegraftError):
+    """The target changed between the plan and the pause. Nothing was written; a new plan may fit."""
 
 
 class BadInput(LivegraftError):

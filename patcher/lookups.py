@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from elfdiff.errors import LivegraftError, TargetDamaged
+from elfdiff.errors import Changed, TargetDamaged
 from trampolines.lookup_x86_64 import Answer, find_object, iterate
 
 from .binding import PF_R, PF_X, Binding, BoundSegment
@@ -138,14 +138,14 @@ class Chains:
 
 
 def hook_writes(lookups: Sequence[RecordedLookup], records: Sequence[Record], read: ReadBytes) -> tuple[WordWrite, ...]:
-    """The writes that make every slot lead to its stand-in. Raises LivegraftError where one has changed meanwhile."""
+    """The writes that make every slot lead to its stand-in. Raises Changed where one has changed meanwhile."""
     chains = Chains(records)
     writes = []
     for item, held in zip(lookups, _held(lookups, read), strict=True):
         if item.stand_in in (held, *chains.links(held)):
             continue
         if held != item.before:
-            raise LivegraftError(
+            raise Changed(
                 f"the slot of {item.symbol} at {item.slot:#x} changed while the patch was being prepared",
                 why=f"it holds {held:#x} and held {item.before:#x} a moment ago",
                 next_step="try again",

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from elfdiff.errors import Busy, LivegraftError, TargetDamaged
+from elfdiff.errors import Busy, Changed, LivegraftError, TargetDamaged
 
 from . import ptrace
 from .forbidden import ForbiddenRange
@@ -53,8 +53,8 @@ def carry_out(
     """Stop the process until none of the plan's functions is live, and carry out the plan then.
 
     ``timeout`` is in seconds, for all tries together. Without ``write`` everything is done but the writing.
-    Raises Busy where a function stayed live, or a thread did not stop; LivegraftError where a write failed
-    and all was put back; TargetDamaged where that failed too.
+    Raises Busy where a function stayed live, or a thread did not stop; Changed where the process is no longer as the
+    plan knows it; LivegraftError where a write failed and all was put back; TargetDamaged where that failed too.
     """
     deadline = time.monotonic() + timeout
     interval = _FIRST_INTERVAL
@@ -107,7 +107,7 @@ def _require_unchanged(plan: Plan, memory: Memory) -> None:
     held = memory.read_many([(address, len(data)) for address, data in expected])
     for (address, data), now in zip(expected, held, strict=True):
         if now != data:
-            raise LivegraftError(
+            raise Changed(
                 f"process {memory.pid} changed while the patch was being prepared",
                 why=f"the bytes at {address:#x} are others than a moment ago",
                 next_step="try again",

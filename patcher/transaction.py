@@ -6,11 +6,13 @@ is as it was before, and one whose patcher was killed can be finished or undone 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 
-from elfdiff.errors import BadInput, LivegraftError, Refused
+from elfdiff.errors import BadInput, Changed, LivegraftError, Refused
 from elfdiff.patchobject import PatchObject
 
 from .binding import Binding, bind
@@ -28,6 +30,7 @@ from .vetting import module_of_record, require_believable
 
 DEFAULT_TIMEOUT = 10.0
 """Seconds to wait for patched functions to be idle."""
+_ATTEMPTS = 3  # the dynamic linker binds a slot once; what changes oftener is somebody else's doing
 
 
 def _no_step(name: str) -> None:
@@ -64,17 +67,30 @@ def apply(
     ``timeout`` (seconds) is for the functions to become idle. ``on_step`` is called at each point at which
     the death of this process leaves something else behind, for tests.
 
-    Raises BadInput, NotPermitted, Refused, Busy (a function stayed live), LivegraftError; in all these cases
-    the target is as before. TargetDamaged where it is not.
+    Raises BadInput, NotPermitted, Refused, Busy (a function stayed live), Changed (it kept changing meanwhile),
+    LivegraftError; in all these cases the target is as before. TargetDamaged where it is not.
     """
     with open_target(pid) as memory:
-        seen, binding, now = _bind(pid, patch, memory)
-        if _in_force(now, binding, memory):
-            assert now.applied is not None
-            return _already(seen, now.applied)
-        staged, pause = _stage_and_commit(binding, now, seen, memory, timeout, on_step)
-        others = tuple(record for record in now.active if record.contents.patch != patch.id)
-        return Outcome(pid, seen.name, staged.contents, State.APPLIED, False, pause, staged.mapped_bytes, others)
+        return _attempts(timeout, lambda left: _apply(pid, patch, memory, left, on_step))
+
+
+def _attempts(timeout: float, attempt: Callable[[float], Outcome]) -> Outcome:
+    """Try again where the process has changed in between; ``attempt`` is given the seconds that are left."""
+    deadline = time.monotonic() + timeout
+    for _ in range(_ATTEMPTS - 1):
+        with suppress(Changed):  # a new plan will know of it; the last attempt says so
+            return attempt(max(0.0, deadline - time.monotonic()))
+    return attempt(max(0.0, deadline - time.monotonic()))
+
+
+def _apply(pid: int, patch: PatchObject, memory: Memory, timeout: float, on_step: Callable[[str], None]) -> Outcome:
+    seen, binding, now = _bind(pid, patch, memory)
+    if _in_force(now, binding, memory):
+        assert now.applied is not None
+        return _already(seen, now.applied)
+    staged, pause = _stage_and_commit(binding, now, seen, memory, timeout, on_step)
+    others = tuple(record for record in now.active if record.contents.patch != patch.id)
+    return Outcome(pid, seen.name, staged.contents, State.APPLIED, False, pause, staged.mapped_bytes, others)
 
 
 def check(pid: int, patch: PatchObject, *, timeout: float = DEFAULT_TIMEOUT) -> Outcome:
@@ -85,14 +101,18 @@ def check(pid: int, patch: PatchObject, *, timeout: float = DEFAULT_TIMEOUT) -> 
     ``apply``.
     """
     with open_target(pid) as memory:
-        seen, binding, now = _bind(pid, patch, memory)
-        if _in_force(now, binding, memory):
-            assert now.applied is not None
-            return _already(seen, now.applied)
-        contents, plan = _rehearse(binding, now, seen, memory)
-        pause = carry_out(plan, seen, memory, timeout, _no_step, write=False)
-        mapped = record_size(contents) + sum(item.size for item in contents.segments)
-        return Outcome(pid, seen.name, contents, State.PREPARED, False, pause, mapped, now.active)
+        return _attempts(timeout, lambda left: _check(pid, patch, memory, left))
+
+
+def _check(pid: int, patch: PatchObject, memory: Memory, timeout: float) -> Outcome:
+    seen, binding, now = _bind(pid, patch, memory)
+    if _in_force(now, binding, memory):
+        assert now.applied is not None
+        return _already(seen, now.applied)
+    contents, plan = _rehearse(binding, now, seen, memory)
+    pause = carry_out(plan, seen, memory, timeout, _no_step, write=False)
+    mapped = record_size(contents) + sum(item.size for item in contents.segments)
+    return Outcome(pid, seen.name, contents, State.PREPARED, False, pause, mapped, now.active)
 
 
 def _bind(pid: int, patch: PatchObject, memory: Memory) -> tuple[Snapshot, Binding, Situation]:

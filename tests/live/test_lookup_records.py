@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from elfdiff.errors import TargetDamaged
+from elfdiff.errors import Changed, TargetDamaged
 from elfdiff.patchobject import PatchObject
 from fixtures.intact import altered_code
 from patcher.lookups import Chains
@@ -115,6 +115,49 @@ def test_an_image_that_was_loaded_again_is_led_to_the_patch_by_another_apply(
         assert not apply(running.pid, built[2]).already
         assert running.ask(DEPTH) == [before[0] + 100]
         revert(running.pid)
+        assert running.ask(DEPTH) == before
+
+
+def test_a_slot_that_is_bound_while_the_patch_is_prepared_is_no_failure(built: tuple[Path, Path, PatchObject]) -> None:
+    """The first stack is looked at between the plan and the pause."""
+    old, plugin, patch = built
+    with Running([old], {"PLUGIN": str(plugin)}) as running:
+        assert running.ask(OPEN) == [1]
+        depths = []
+
+        def on_step(name: str) -> None:
+            if name == "mapped" and not depths:
+                depths.extend(running.ask(DEPTH))
+
+        (slot,) = slots(running.pid)
+        assert slot.value != slot.function
+        assert not apply(running.pid, patch, on_step=on_step).already
+        assert running.ask(DEPTH) == [depths[0] + 100]
+        revert(running.pid)
+        assert running.ask(DEPTH) == depths
+        (slot,) = slots(running.pid)
+        assert slot.value == slot.function
+
+
+def test_a_process_that_changes_again_and_again_is_given_up(built: tuple[Path, Path, PatchObject]) -> None:
+    with opened(built) as (running, before):
+        (slot,) = slots(running.pid)
+        tries = []
+
+        def on_step(name: str) -> None:
+            if name == "mapped":
+                tries.append(name)
+                with Memory(running.pid) as memory:  # another value each time, with the same meaning
+                    memory.write(slot.address, (slot.value if len(tries) % 2 else stub).to_bytes(8, "little"))
+
+        assert running.ask(CLOSE, OPEN) == [0, 1]
+        (unbound,) = slots(running.pid)
+        assert unbound.address == slot.address
+        stub = unbound.value
+        with pytest.raises(Changed, match="changed while the patch was being prepared"):
+            apply(running.pid, built[2], on_step=on_step)
+        assert 1 < len(tries) < 10
+        assert altered_code(running.pid) == []
         assert running.ask(DEPTH) == before
 
 
