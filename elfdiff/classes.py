@@ -46,7 +46,9 @@ class Classes:
         """The virtual functions of each vtable of a class, those of secondary and construction vtables too."""
         image = self.image
         known = np.array(sorted(self.types.addresses), np.int64)
-        mine = np.isin(image.relative_targets, known)
+        # Pointers to types in writable data are the slots of exception tables (DW.ref...).
+        constant = np.isin(image.kinds(image.relative_places), (Kind.RELRO, Kind.CONSTANT))
+        mine = np.isin(image.relative_targets, known) & constant
         places = dict(zip(image.relative_places[mine].tolist(), image.relative_targets[mine].tolist(), strict=True))
         named: dict[int, bytes] = {place: self.types.addresses[target] for place, target in places.items()}
         for place, slot in image.slots.items():
