@@ -18,6 +18,7 @@ CODES: dict[str, tuple[bool, str]] = {
     "exceptions": (True, "exceptions may pass through changed functions whose handlers would not be found"),
     "exported-symbol": (True, "a symbol that other modules may have bound to is gone or of another kind or size"),
     "initial-value": (True, "a writable variable starts with another value"),
+    "kept-function": (True, "a function that live data may point to is gone in the new build"),
     "label-table": (True, "a changed function has a table of code labels"),
     "neighbour-address": (False, "a variable is bound by its neighbours alone"),
     "new-import": (False, "the new code needs a symbol that the old build does not import"),

@@ -50,6 +50,7 @@ RULES: tuple[Rule, ...] = (
     calling.exported_prototypes,
     calling.removed_callers,
     addresses.ambiguous_functions,
+    addresses.kept_functions,
     addresses.known_by_address,
     entries.coroutines,
     startup.changed_resolvers,

@@ -15,6 +15,8 @@ from elfdiff.patchbuild import Draft
 from elfdiff.patchobject import Finding, Severity
 from elfdiff.variables import object_at
 
+STARTED = (".preinit_array", ".init_array", ".fini_array")
+"""Tables of functions that the start and the end of a program call; ``constructors`` speaks for them."""
 MAX_DISTANCE = 1 << 40
 """No image is larger."""
 
@@ -188,6 +190,25 @@ def ambiguous_functions(draft: Draft) -> Iterator[Finding]:
             functions(draft, doubtful, old=True),
             "their bytes say one thing, what refers to them another; pointers to them may be stored in live data",
             "restart the program",
+        )
+
+
+def kept_functions(draft: Draft) -> Iterator[Finding]:
+    """An old function without counterpart to which tables of the old build point: who copied a pointer keeps it."""
+    comparison = draft.comparison
+    old = comparison.old
+    sections = [s for name in STARTED if (s := old.image.section(name))]
+    started = {old.image.pointer_at(place) for s in sections for place in range(s.start, s.end, 8)}
+    kept = [i for i in comparison.removed if int(old.starts[i]) not in started]
+    kept = [i for i in kept if bool(np.isin(int(old.starts[i]), old.image.relative_targets))]
+    if kept:
+        yield Finding(
+            "kept-function",
+            Severity.REFUSE,
+            f"{len(kept)} function(s) that tables of the old build point to are gone in the new one",
+            functions(draft, kept, old=True),
+            "objects that exist may hold pointers to them and would go on with the old code, fixed or not",
+            "if no object that lives on holds such a pointer, or may go on with the old code, --allow kept-function",
         )
 
 

@@ -256,3 +256,32 @@ def test_a_program_that_switches_stacks_is_refused_and_can_be_allowed(compiled: 
     )
     assert judge(compiled, pair).refused == {"coroutines"}
     assert judge(compiled, pair, allow=("coroutines",)).warned == {"coroutines"}
+
+
+HANDLERS = (
+    "struct methods { const char *name; int (*open)(int), (*check)(int); };\n"
+    "SEPARATE int opens(int x) { return company1(x) + 1; }\nCHECKS\n"
+    'struct methods one = {"one", opens, FIRST}, two = {"two", opens, SECOND};\n'
+    "SEPARATE int runs(int x) { struct methods *m = x & 1 ? &one : &two; return m->open(x) + m->check(x); }"
+)
+CHECK = "SEPARATE int {0}(int x) {{ {1} }}"
+SHARED = CHECK.format("checks", "company2(x); return company1(x) * 5;")
+SPLIT = CHECK.format("checks", "if (x > 3) company3(x); return company1(x) ^ 7;") + "\n" + CHECK.format(
+    "other", 'for (int i = 0; i < x; i++) printf("%d %ld\\n", i, company_a); return (int)company_b;'
+)  # fmt: skip
+
+
+def test_a_function_that_two_new_ones_replace_is_kept_by_who_points_to_it(compiled: Compiler) -> None:
+    """Of two slots that held one function each holds another one now: nothing says which of them it became."""
+    words = {"CHECKS": (SHARED, SPLIT), "FIRST": ("checks", "checks"), "SECOND": ("checks", "other")}
+    verdict = judge(compiled, program(HANDLERS, "runs(n)", **words))
+    assert verdict.refused & {"kept-function", "ambiguous-function"}
+
+
+def test_a_function_that_is_gone_and_that_no_table_held_is_no_hazard(compiled: Compiler) -> None:
+    helper = CHECK.format("helper", "company2(x); return company1(x) * 5;")
+    pair = program(
+        "HELPER\nSEPARATE int edited(int x) { return CALL + company4(x); }", "edited(n)",
+        HELPER=(helper, ""), CALL=("helper(x)", "company1(x) * 9"),
+    )  # fmt: skip
+    assert judge(compiled, pair).check().reasons == {"edited": "code"}
