@@ -56,10 +56,16 @@ class Classes:
                 named[place] = slot.symbol[len(TYPE_SYMBOL) :].encode("utf-8", "surrogateescape")
         found: dict[bytes, list[list[Entry]]] = {}
         for place, name in sorted(named.items()):
-            functions = self._functions(place + 8)
+            functions = self._functions(place + 8) if self._is_offset(place - 8) else []
             if functions:  # else it is the pointer to a base, or a slot for exception tables
                 found.setdefault(name.lstrip(b"*"), []).append(functions)
         return found
+
+    def _is_offset(self, place: int) -> bool:
+        """Whether a place holds an offset to top. Exception tables have slots for types and personality in a row."""
+        if place < self.image.base or place in self.image.slots or self.image.pointer_at(place) is not None:
+            return False
+        return int.from_bytes(self.image.read(place, 8), "little", signed=True) <= 0
 
     def _functions(self, place: int) -> list[Entry]:
         """The entries from a place on, up to what is none or is named itself: the object behind."""
