@@ -201,6 +201,7 @@ def kept_functions(draft: Draft) -> Iterator[Finding]:
     started = {old.image.pointer_at(place) for s in sections for place in range(s.start, s.end, 8)}
     kept = [i for i in comparison.removed if int(old.starts[i]) not in started]
     kept = [i for i in kept if bool(np.isin(int(old.starts[i]), old.image.relative_targets))]
+    kept = [i for i in kept if not _has_twin(old, i, comparison.new)]
     if kept:
         yield Finding(
             "kept-function",
@@ -210,6 +211,12 @@ def kept_functions(draft: Draft) -> Iterator[Finding]:
             "objects that exist may hold pointers to them and would go on with the old code, fixed or not",
             "if no object that lives on holds such a pointer, or may go on with the old code, --allow kept-function",
         )
+
+
+def _has_twin(old: Code, i: int, new: Code) -> bool:
+    """A function of the new build has the same code: which of several twins is gone makes no difference."""
+    alike = np.nonzero(new.ends - new.starts == old.size(i))[0].tolist()
+    return any(new.masked_bytes(j) == old.masked_bytes(i) for j in alike)
 
 
 def known_by_address(draft: Draft) -> Iterator[Finding]:
