@@ -297,6 +297,24 @@ def test_a_patch_is_an_object_among_those_that_are_loaded(compiled: Compiler, tm
         assert running.ask(0, 1, 2, 3) == [objects, 0, 0, 103]
 
 
+THROWING = LISTING + """
+static int throws(struct dl_phdr_info *, size_t, void *data) { if (--*(long *)data < 0) throw 5; return 0; }
+"""
+THROWN = "try { dl_iterate_phdr(throws, &n); } catch (int k) { return edited(k); } return 0;"
+
+
+@pytest.mark.xfail(
+    strict=True, reason="the stand-in for dl_iterate_phdr has no unwind information; that of the C library has"
+)
+def test_a_callback_that_throws_passes_the_list_of_objects(compiled: Compiler, tmp_path: Path) -> None:
+    old, new = (built(compiled, program(THROWING, THROWN, VERSION=str(v))) for v in (100, 200))
+    patch = patch_for(old, new, tmp_path)
+    with Running([old]) as running:
+        assert running.ask(0, 1, 100) == [105, 105, 0]
+        apply(running.pid, patch)
+        assert running.ask(0, 1, 2, 100) == [205, 205, 205, 0]
+
+
 def test_a_patcher_killed_at_any_step_leaves_exceptions_whole(compiled: Compiler, tmp_path: Path) -> None:
     old, new = (built(compiled, program(IN_FLIGHT, KEPT, VERSION=str(v))) for v in (100, 200))
     patch = patch_for(old, new, tmp_path)
