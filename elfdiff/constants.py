@@ -24,6 +24,7 @@ from elfdiff.jumptables_x86_64 import JumpTable
 from elfdiff.matching import Matching
 from elfdiff.pairing import distinct
 
+_CONSTANT = Kind.CONSTANT
 CONSTANTS = (Kind.CONSTANT, Kind.RELRO)
 COMPARED = (Kind.CONSTANT, Kind.RELRO, Kind.DATA, Kind.BSS)
 MAX_LOAD = 64
@@ -110,6 +111,7 @@ class _Side:
         self.named: list[int] = code.referenced.tolist()
         self.slot_list: list[int] = code.image.relative_places.tolist()
         self.view = memoryview(code.image.memory.tobytes())
+        self._strings: dict[int, bytes | None] = {}
         self.base = code.image.base
         self.slots = code.image.relative_places
         references = code.references
@@ -133,10 +135,20 @@ class _Side:
 
     def string_alone(self, address: int) -> bytes | None:
         """The string at an address when nothing but zeros follows it up to the next named address."""
-        if self.image.kind_at(address) is not Kind.CONSTANT:
+        if address not in self._strings:
+            self._strings[address] = self._string_alone(address)
+        return self._strings[address]
+
+    def _string_alone(self, address: int) -> bytes | None:
+        section = self.image.section_at(address)
+        if section is None or section.kind is not _CONSTANT:
             return None
-        raw = bytes(self.content(address, self.next_named(address) - address))
-        return raw.rstrip(b"\0") if _fills(raw) else None
+        index, end = bisect.bisect_right(self.named, address), section.end
+        if index < len(self.named) and self.named[index] < end:
+            end = self.named[index]
+        raw = bytes(self.content(address, end - address))
+        text = raw.rstrip(b"\0")
+        return text if 0 < len(text) < len(raw) and not text.translate(None, _TEXT) else None
 
     def is_text(self, address: int, size: int) -> bool:
         """Whether a stretch is one string and its padding; the bytes of a pointer are none, whatever they look like."""
@@ -172,7 +184,8 @@ class _Side:
             return True
         for end in ends:
             words = np.arange(start, end - 7, 8, dtype=np.int64)
-            pointer = np.isin(words, self.slots)
+            first, last = bisect.bisect_left(self.slot_list, start), bisect.bisect_left(self.slot_list, end)
+            pointer = np.isin(words, self.slots[first:last])
             number = ~pointer & (np.frombuffer(self.content(start, 8 * len(words)), np.int64) != 0)
             filled = int(np.flatnonzero(pointer | number)[-1]) + 1 if (pointer | number).any() else 0
             for size in range(1, distance // 8 + 1):
@@ -181,7 +194,7 @@ class _Side:
                 if not (fits or distance // 8 % size == 0):
                     continue
                 place = np.arange(len(words)) % size
-                if not np.isin(place[pointer], place[number]).any():
+                if set(place[pointer].tolist()).isdisjoint(place[number].tolist()):
                     return True
         return False
 

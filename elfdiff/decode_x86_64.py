@@ -23,6 +23,8 @@ CHUNK = 1 << 17
 LOOKAHEAD = 40
 """More than the longest prefix run plus instruction that a step may read behind its last byte."""
 MAX_PREFIXES = 14
+FEW = 48
+"""So many functions are walked faster one after the other than all at once."""
 
 
 class RefKind(IntEnum):
@@ -206,7 +208,7 @@ def _vector(
 
 
 def _decode_chunk(b: Bytes, n: int, out: Decoded, where: slice) -> None:
-    start = np.arange(n, dtype=np.int32)
+    # Everything counts from the instruction's first byte in 8 bits: the time goes with the bytes that are moved.
     c = _opcodes(b, n)
     flags = c.flags
     has_modrm = (flags & MODRM) != 0
@@ -217,36 +219,44 @@ def _decode_chunk(b: Bytes, n: int, out: Decoded, where: slice) -> None:
     rip = has_modrm & (mod == 0) & (rm == 5)
     no_base = has_modrm & (mod == 0) & sib & base5
     disp32 = rip | no_base | (has_modrm & (mod == 2))
-    disp_at = c.position + has_modrm + sib
-    imm_at = disp_at + (has_modrm & (mod == 1)) + 4 * disp32.astype(np.int32)
+    disp_at = (c.position - np.arange(n, dtype=np.int32)).astype(np.uint8) + has_modrm + sib
+    imm_at = disp_at + (has_modrm & (mod == 1)) + _times(4, disp32)
 
     # The immediate: f6/f7 have one only as test (reg 0 and 1).
     takes = np.where(((flags & GROUP3) != 0) & (reg >= 2), np.uint16(0), flags)
-    wide = np.where(c.operand16 & ~c.rex_w, 2, 4)
-    word = np.where((takes & IMM_Z) != 0, wide, 0)
-    word += np.where((takes & IMM_V) != 0, np.where(c.rex_w, 8, np.where(c.operand16, 2, 4)), 0)
-    moffs = np.where((takes & MOFFS) != 0, np.where(c.address32, 4, 8), 0)
+    half = c.operand16 & ~c.rex_w
+    word = _times(4, (takes & (IMM_Z | IMM_V)) != 0)
+    word >>= half
+    word <<= ((takes & IMM_V) != 0) & c.rex_w
+    moffs = _times(8, (takes & MOFFS) != 0) >> c.address32
     xbegin = (c.opcode == 0xC7) & (modrm == 0xF8) & ~c.operand16  # its "immediate" is a rel32
-    word = np.where(xbegin, 0, word)
+    word[xbegin] = 0
     relative = ((flags & REL32) != 0) | xbegin
     short = (flags & REL8) != 0
-    small = ((takes & IMM8) != 0) + 2 * ((takes & IMM16) != 0)
-    end = imm_at + word + moffs + small + 4 * relative + short
-
-    length = end - start
+    length = imm_at + word + moffs + _times(1, (takes & IMM8) != 0) + _times(2, (takes & IMM16) != 0)
+    length += _times(4, relative) + short
     valid = ((flags & INVALID) == 0) & (length <= 15)
-    out.length[where] = np.where(valid, length, 1)
+    out.length[where] = np.where(valid, length, np.uint8(1))
     out.valid[where] = valid
     out.opcode[where] = c.opcode
     out.modrm[where] = modrm
-    kind = np.where(rip, RefKind.MEMORY, RefKind.NONE)
-    jump = np.where(c.opcode == 0xE8, RefKind.CALL, np.where(c.opcode == 0xE9, RefKind.JUMP, RefKind.BRANCH))
-    kind = np.where(relative, jump, np.where(short, RefKind.SHORT, kind))
-    out.ref_kind[where] = np.where(valid, kind, RefKind.NONE)
-    out.ref_field[where] = np.where(rip, disp_at - start, np.where(relative | short, imm_at - start, 0))
-    out.disp_field[where] = np.where(disp32 & ~rip, disp_at - start, 0)
-    out.imm_field[where] = np.where(word >= 4, imm_at - start, 0)
-    out.imm_size[where] = np.where(word >= 4, word, 0)
+    kind = _times(RefKind.MEMORY, rip)
+    kind[short] = RefKind.SHORT
+    kind[relative] = RefKind.BRANCH
+    kind[relative & (c.opcode == 0xE8)] = RefKind.CALL
+    kind[relative & (c.opcode == 0xE9)] = RefKind.JUMP
+    kind[~valid] = RefKind.NONE
+    out.ref_kind[where] = kind
+    out.ref_field[where] = np.where(rip, disp_at, imm_at * (relative | short))
+    out.disp_field[where] = disp_at * (disp32 & ~rip)
+    out.imm_field[where] = imm_at * (word >= 4)
+    out.imm_size[where] = word * (word >= 4)
+
+
+def _times(number: int, where: NDArray[np.bool_]) -> Bytes:
+    """A number where something holds, 0 elsewhere."""
+    found: Bytes = where.view(np.uint8) * np.uint8(number)
+    return found
 
 
 def instruction_starts(
@@ -260,11 +270,19 @@ def instruction_starts(
     final = np.asarray(starts, np.int64).copy()
     active = np.nonzero(final < ends)[0]
     at, stop = final[active], np.asarray(ends, np.int64)[active]
-    while len(active):
+    while len(active) > FEW:
         marks[at] = True
         at = at + length[at]
         going = at < stop
         if not going.all():
             final[active[~going]] = at[~going]
             active, at, stop = active[going], at[going], stop[going]
+    steps = length.tobytes()
+    for function, first, end in zip(active.tolist(), at.tolist(), stop.tolist(), strict=True):
+        seen, place = [], first
+        while place < end:
+            seen.append(place)
+            place += steps[place]
+        marks[seen] = True
+        final[function] = place
     return marks[: len(length)], final

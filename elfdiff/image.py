@@ -243,8 +243,11 @@ class Image:
 
     def kind_at(self, address: int) -> Kind:
         """The ``Kind`` of the section at one address."""
-        section = self.section_at(address)
-        return section.kind if section else _NO_SECTION
+        starts, sections = self._start_list, self.sections
+        index = bisect.bisect_right(starts, address) - 1
+        if index < 0 or address >= sections[index].end:
+            return _NO_SECTION
+        return sections[index].kind
 
     def section(self, name: str) -> Section | None:
         """The section of that name."""
