@@ -25,10 +25,11 @@ COMMAND_SECONDS = 300
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skips what needs root where we are not root, and says so; leaves out the long tests unless they are wanted."""
-    if not os.environ.get("LIVEGRAFT_REAL"):
-        long = [item for item in items if item.get_closest_marker("long")]
-        config.hook.pytest_deselected(items=long)
-        items[:] = [item for item in items if item not in long]
+    for marker, wanted in (("long", "LIVEGRAFT_REAL"), ("matrix", "LIVEGRAFT_MATRIX")):
+        if not os.environ.get(wanted):
+            left_out = [item for item in items if item.get_closest_marker(marker)]
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if not item.get_closest_marker(marker)]
     if os.geteuid() == 0:
         return
     skip = pytest.mark.skip(reason="needs root (or CAP_SYS_PTRACE)")

@@ -91,7 +91,7 @@ def buildable(shape: Shape) -> Iterator[Build]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not MATRIX, reason="make matrix")
+@pytest.mark.matrix
 @pytest.mark.parametrize("shape", SHAPES, ids=[shape.name for shape in SHAPES])
 def test_no_build_of_a_shape_goes_wrong(shape: Shape, compiled: Compiler, tmp_path: Path) -> None:
     """The whole cross product. A build may be refused, or may make no difference; it may never be wrong."""
