@@ -21,6 +21,8 @@ from elfdiff.ehframe import PE_ABSPTR, PE_INDIRECT, PE_OMIT, PE_PCREL, fixed_for
 
 MAX_TABLE = 1 << 24
 """Bytes of one area that are believed."""
+END_OF_ADDRESSES = 1 << 47
+"""Behind the addresses that a program can have (psABI x86-64, 3.3.2)."""
 MAX_ACTIONS = 1 << 12
 """Length of one chain of actions that is believed."""
 _HEADER = 64
@@ -78,6 +80,8 @@ def read_pointer(place: int, encoding: int, read: ReadBytes) -> EncodedPointer:
         Cursor(raw, place, "an encoded pointer").fail(f"encoding {encoding:#x} has a base that nothing gives here")
     relative = base == PE_PCREL
     address = None if value == 0 else value + (place if relative else 0)
+    if address is not None and not 0 <= address < END_OF_ADDRESSES:
+        Cursor(raw, place, "an encoded pointer").fail(f"{address:#x} is no address of a program")
     return EncodedPointer(
         place, format_.itemsize, relative, bool(encoding & PE_INDIRECT), address, signed=format_.kind == "i"
     )

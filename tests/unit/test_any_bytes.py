@@ -19,6 +19,7 @@ from elfdiff.ehframe import read_fde_table, scan_eh_frame
 from elfdiff.elffile import EHDR, MAX_NAME, PHDR, SHDR, Strings
 from elfdiff.errors import BadInput, LivegraftError, Refused
 from elfdiff.imagefile import _unpack_relr, load_image
+from elfdiff.lsda import read_pointer
 from elfdiff.patchcheck import decoded, decoded_all
 from elfdiff.patchfile import read_patch
 from elfdiff.patchobject import Build, CheckedRange, Finding, Import, PatchFunction
@@ -200,3 +201,13 @@ def test_a_field_of_another_kind_is_not_taken(field: str, value: object) -> None
     assume(field in kinds and type(value) is not kinds[field])
     with pytest.raises(ValueError, match="PatchFunction"):
         decoded(PatchFunction, GOOD | {field: value})
+
+
+@pytest.mark.parametrize("value", [b"\xff" * 7 + b"\x7f", b"\xff" * 8, b"\0" * 5 + b"\x80\0\0"])
+@pytest.mark.parametrize("encoding", [0x00, 0x04, 0x0C])
+def test_a_pointer_beyond_all_addresses_is_damage(value: bytes, encoding: int) -> None:
+    """Of an exception table; such an addend fits no relocation (found by the fuzzer)."""
+    image = bytes(0x100) + value
+    with pytest.raises(BadInput) as caught:
+        read_pointer(0x100, encoding, lambda address, size: image[address : address + size])
+    assert "no address of a program" in caught.value.why
