@@ -18,12 +18,13 @@ from dataclasses import dataclass, replace
 
 from elfdiff.errors import Changed, TargetDamaged
 from trampolines.lookup_x86_64 import Answer, find_object, iterate
+from trampolines.unwindinfo_x86_64 import Frame, frames, unwind_info
 
 from .binding import PF_R, PF_X, Binding, BoundSegment
 from .modules import Module
 from .proc import Mapping, mapping_over
 from .record import Record, RecordedLookup, State
-from .unwinders import FIND_OBJECT, LookupSlot
+from .unwinders import FIND_OBJECT, ITERATE, LookupSlot
 from .vetting import own_text
 
 ReadBytes = Callable[[Sequence[tuple[int, int]]], list[bytes]]
@@ -79,7 +80,10 @@ def _values(binding: Binding) -> list[tuple[int, int]]:
 
 
 def _segment_data(binding: Binding, bias: int, values: Sequence[tuple[int, int]]) -> tuple[bytes, list[int]]:
-    """The bytes of the stand-ins, whole pages, and the absolute address of each one's function."""
+    """The bytes of the stand-ins, whole pages, and the absolute address of each one's function.
+
+    Where one of them calls the program, which may throw, there is unwind information for it behind them.
+    """
     patch, start = binding.patch, binding.patch.high + bias
     assert patch.eh_frame_hdr is not None
     text = [item for item in patch.segments if item.flags & PF_X]
@@ -91,13 +95,42 @@ def _segment_data(binding: Binding, bias: int, values: Sequence[tuple[int, int]]
         eh_frame_hdr=patch.eh_frame_hdr + bias,
         name=f"livegraft patch {patch.id[:12]}",
     )
+    if not any(slot.symbol == ITERATE for slot in binding.lookups):
+        code, entries, _ = _stand_ins((answer,), binding.lookups, values, start)
+        return _whole_pages(code), entries
+    name = f"{answer.name} (lookups)"
+    own = replace(answer, ranges=((start, start + 1),), low=start, high=start + 1, eh_frame_hdr=start, name=name)
+    code, _, functions = _stand_ins((answer, own), binding.lookups, values, start)
+    info, header = unwind_info(functions, start + len(code))
+    end = start + len(_whole_pages(code + info))
+    own = replace(own, ranges=((start, end),), high=end, eh_frame_hdr=start + len(code) + header)
+    code, entries, functions = _stand_ins((answer, own), binding.lookups, values, start)  # as long as before
+    return _whole_pages(code + unwind_info(functions, start + len(code))[0]), entries
+
+
+def _stand_ins(
+    answers: Sequence[Answer], slots: Sequence[LookupSlot], values: Sequence[tuple[int, int]], start: int
+) -> tuple[bytes, list[int], list[Frame]]:
+    """The stand-ins of all slots from ``start`` on: bytes, the address of each one's function, and their frames.
+
+    Of several answers there is a stand-in for each, and the later one passes on to the earlier.
+    """
     data, entries = bytearray(), []
-    for slot, (_, passes_to) in zip(binding.lookups, values, strict=True):
-        at = start + len(data)
-        made = find_object(answer, passes_to) if slot.symbol == FIND_OBJECT else iterate(answer, passes_to, at)
-        entries.append(at + made.entry)
-        data += made.code.ljust(-(-len(made.code) // _ALIGNMENT) * _ALIGNMENT, b"\xcc")
-    return bytes(data.ljust(-(-len(data) // _PAGE) * _PAGE, b"\xcc")), entries
+    functions: list[Frame] = []
+    for slot, (_, passes_to) in zip(slots, values, strict=True):
+        for answer in answers:
+            at = start + len(data)
+            made = find_object(answer, passes_to) if slot.symbol == FIND_OBJECT else iterate(answer, passes_to, at)
+            if slot.symbol == ITERATE:
+                functions += frames(made.code[made.entry :], at + made.entry)
+            passes_to = at + made.entry  # noqa: PLW2901  (of the next answer)
+            data += made.code.ljust(-(-len(made.code) // _ALIGNMENT) * _ALIGNMENT, b"\xcc")
+        entries.append(passes_to)
+    return bytes(data), entries, functions
+
+
+def _whole_pages(data: bytes) -> bytes:
+    return data.ljust(-(-len(data) // _PAGE) * _PAGE, b"\xcc")
 
 
 def reusable(binding: Binding, recorded: Sequence[RecordedLookup], records: Iterable[Record]) -> bool:

@@ -157,3 +157,45 @@ def test_an_unwinder_that_came_later_is_led_to_the_patch_by_another_apply(compil
         assert apply(running.pid, patch).already
         revert(running.pid)
         assert running.ask(TRACES) == [after[0] - 100]
+
+
+STEPS = """
+#include <execinfo.h>
+#include <link.h>
+#include <signal.h>
+static void *outermost;
+static long steps, wrong, told;
+static void step(int signal) {
+    void *frames[60];
+    int n = backtrace(frames, 60);
+    steps++;
+    wrong += n < 4 || frames[n - 1] != outermost;
+}
+static int one(struct dl_phdr_info *info, size_t size, void *data) { told += VERSION; return told > 3 * VERSION; }
+SEPARATE long lists(void) {
+    void *frames[60];
+    outermost = frames[backtrace(frames, 60) - 1];
+    signal(SIGTRAP, step);
+    steps = wrong = told = 0;
+    __asm__ volatile("pushf; orl $0x100, (%%rsp); popf" ::: "memory", "cc");
+    dl_iterate_phdr(one, NULL);
+    __asm__ volatile("pushf; andl $~0x100, (%%rsp); popf" ::: "memory", "cc");
+    return told;
+}
+long answer(long n) { return n == 0 ? lists() : n == 1 ? steps : wrong; }
+"""
+
+
+def test_each_instruction_of_the_stand_ins_has_a_caller(compiled: Compiler, tmp_path: Path) -> None:
+    """The stack is looked at between any two instructions while the loaded objects are listed."""
+    old, new = (
+        compiled(sources(STEPS, VERSION=str(n)), "-O1", "-mno-red-zone", "-fno-omit-frame-pointer") for n in (1, 2)
+    )
+    patch = patch_for(old, new, tmp_path)
+    with Running([old]) as running:
+        _, told, before, wrong = running.ask(0, 0, 1, 2)  # the first time slots are bound
+        assert (told, wrong) == (4, 0)
+        apply(running.pid, patch)
+        told, after, wrong = running.ask(0, 1, 2)
+        assert (told, wrong) == (8, 0)
+        assert after > before
