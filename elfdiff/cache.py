@@ -147,16 +147,6 @@ class Cache:
             _log.debug("cache entry %s cannot be deleted: %s", name, error)
 
 
-def can_keep(folder: Path) -> bool:
-    """Whether a folder is there or can be made; where nobody asked for a cache, its absence is only logged."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        _log.info("analyses of builds are not kept: %s", error)
-        return False
-    return True
-
-
 def _refused(folder: Path, why: str) -> NotPermitted:
     return NotPermitted(
         f"{folder}: not a folder of this user alone, so nothing in it can be believed",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -61,9 +64,10 @@ class Analysis:
     def patch(self) -> PatchObject:
         """The draft as a patch object, whatever the findings are; only without ``error`` may it be applied."""
         assert self.draft is not None
-        patch = build(self.draft, self.findings)
-        evidence = pack(collect(self.draft, self.joined))
-        return replace(patch, evidence=evidence, old_code=old_code(self.draft) if evidence else b"")
+        with _no_collector():
+            patch = build(self.draft, self.findings)
+            evidence = pack(collect(self.draft, self.joined))
+            return replace(patch, evidence=evidence, old_code=old_code(self.draft) if evidence else b"")
 
 
 def diff(old_path: Path, new_path: Path, options: Options) -> PatchObject:
@@ -80,6 +84,23 @@ def diff(old_path: Path, new_path: Path, options: Options) -> PatchObject:
 
 def analyse(old_path: Path, new_path: Path, options: Options) -> Analysis:
     """Compare two builds, whatever comes of it. Raises BadInput as ``diff`` does."""
+    with _no_collector():
+        return _analyse(old_path, new_path, options)
+
+
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    """Without the garbage collector: nearly all that a comparison makes is kept, and searched again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _analyse(old_path: Path, new_path: Path, options: Options) -> Analysis:
     (old_image, old_debug), (new_image, new_debug) = (_load(path, options) for path in (old_path, new_path))
     builds = build_of(old_image), build_of(new_image)
     incomparable = _incomparable(old_image, new_image)

@@ -56,24 +56,17 @@ def add_comparison(parser: argparse.ArgumentParser | argparse._ArgumentGroup) ->
         "--cache-dir",
         type=Path,
         metavar="DIR",
-        help="keep analyses of builds here (default: $LIVEGRAFT_CACHE, else livegraft in $XDG_CACHE_HOME or ~/.cache)",
+        help="keep decoded builds here, 14 bytes per byte of code (default: $LIVEGRAFT_CACHE, else they are not kept)",
     )
     keeping.add_argument("--no-cache", action="store_true", help="neither read nor keep analyses")
 
 
 def cache_folder(arguments: argparse.Namespace) -> Path | None:
-    """Where analyses of builds are kept; None where they are not."""
-    from elfdiff.cache import can_keep
-
+    """Where analyses of builds are kept; None where they are not, which is so unless somebody asks for it."""
     if arguments.no_cache:
         return None
     named = arguments.cache_dir or os.environ.get("LIVEGRAFT_CACHE")
-    if named:
-        return Path(named)
-    home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("HOME", "") + "/.cache"
-    folder = Path(home) / "livegraft"
-    # XDG Base Directory Specification: relative paths are to be ignored.
-    return folder if folder.is_absolute() and can_keep(folder) else None
+    return Path(named) if named else None
 
 
 def comparison_options(arguments: argparse.Namespace) -> Options:
