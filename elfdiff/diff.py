@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -161,7 +162,9 @@ def _load(path: Path, options: Options) -> tuple[Image, DebugInfo | None]:
 
 def _codes(old: Image, new: Image, options: Options) -> tuple[Code, Code]:
     if options.cache is None:
-        return load_code(old), load_code(new)
+        with ThreadPoolExecutor(2) as both:  # most of it is numpy, which lets go of the interpreter
+            first, second = both.map(load_code, (old, new))
+        return first, second
     with Cache(options.cache) as cache:
         return cache.code(old), cache.code(new)
 
