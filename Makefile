@@ -5,7 +5,6 @@ PYTHON ?= python3
 ARGS ?=
 ROUNDS ?= 300
 SEED ?= 1
-JOBS ?= 2
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -20,9 +19,9 @@ demo: $(VENV)/.runtime ## patch a running server under load, and take the patch 
 	@bash .ci/tools compiler
 	@$(RUN) -m fixtures.demo
 
-test: $(VENV)/.development ## run all tests (ARGS='tests/unit -k name' for some, JOBS=n at a time)
+test: $(VENV)/.development ## run all tests (ARGS='tests/unit -k name' for some)
 	@bash .ci/tools all
-	@$(RUN) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	@$(RUN) -m pytest $(ARGS)
 
 test-real: $(VENV)/.development ## the long tests: tor, frr and memcached built twice from source, minutes each
 	@bash .ci/tools real
