@@ -70,9 +70,8 @@ class Classes:
     def _functions(self, place: int) -> list[Entry]:
         """The entries from a place on, up to what is none or is named itself: the object behind."""
         found: list[Entry] = []
-        named = self.code.referenced
-        following = int(np.searchsorted(named, place, "right"))
-        end = int(named[following]) if following < len(named) else self.image.high
+        following = self.code.next_named(place)
+        end = following if following is not None else self.image.high
         while place < end and (entry := self._function(place)) is not None:
             found.append(entry)
             place += 8

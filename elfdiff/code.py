@@ -163,6 +163,16 @@ class Code:
         return np.unique(np.concatenate([named, self.image.relative_targets, exported, self.unwind.slots]))
 
     @cached_property
+    def _referenced_list(self) -> list[int]:
+        referenced: list[int] = self.referenced.tolist()
+        return referenced
+
+    def next_named(self, address: int) -> int | None:
+        """The next address behind this one that anything names (``referenced``), None where there is none."""
+        index = bisect.bisect_right(self._referenced_list, address)
+        return self._referenced_list[index] if index < len(self._referenced_list) else None
+
+    @cached_property
     def may_be_data(self) -> NDArray[np.bool_]:
         """Per function: no FDE covers it, and as code it is broken or leads where no instruction begins.
 

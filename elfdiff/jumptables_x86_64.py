@@ -71,9 +71,8 @@ def _functions_with_indirect_jump(code: Code) -> NDArray[np.bool_]:
 def _table_at(code: Code, address: int, function: int) -> JumpTable | None:
     section = code.image.section_at(address)
     assert section is not None
-    following = int(np.searchsorted(code.referenced, address, "right"))
-    limit = int(code.referenced[following]) if following < len(code.referenced) else section.end
-    limit = min(limit, section.end)
+    following = code.next_named(address)
+    limit = min(following, section.end) if following is not None else section.end
     for entry_size in (8, 4) if code.image.fixed_address else (4,):
         count = min((limit - address) // entry_size, MAX_ENTRIES)
         if count <= 0:

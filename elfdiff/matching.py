@@ -372,9 +372,8 @@ class _Matcher:
 
 def _reach(code: Code, address: int) -> int:
     """Bytes from an address to the next one that anything names."""
-    named = code.referenced
-    index = int(np.searchsorted(named, address, "right"))
-    return int(named[index]) - address if index < len(named) else 0
+    following = code.next_named(address)
+    return following - address if following is not None else 0
 
 
 def _exact(code: Code, addresses: NDArray[np.int64]) -> NDArray[np.int64]:

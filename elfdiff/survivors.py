@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from elfdiff.code import Code
 from elfdiff.comparison import Comparison
-from elfdiff.image import Addresses, Kind
+from elfdiff.image import Kind
 
 
 def surviving_constant(comparison: Comparison, target: int) -> int | None:
@@ -23,9 +24,9 @@ def surviving_constant(comparison: Comparison, target: int) -> int | None:
         return None
     o, n = at, target
     while n < sections[1].end:
-        size = _following(comparison.new.referenced, n, sections[1].end) - n
+        size = _following(comparison.new, n, sections[1].end) - n
         raw = new.read(n, size)
-        if _following(comparison.old.referenced, o, sections[0].end) - o != size or old.read(o, size) != raw:
+        if _following(comparison.old, o, sections[0].end) - o != size or old.read(o, size) != raw:
             return None
         text = new.string_at(n)
         o, n = o + size, n + size
@@ -37,7 +38,7 @@ def surviving_constant(comparison: Comparison, target: int) -> int | None:
     return at if plain else None
 
 
-def _following(named: Addresses, address: int, end: int) -> int:
+def _following(code: Code, address: int, end: int) -> int:
     """The next named address, at most ``end``."""
-    index = int(np.searchsorted(named, address, "right"))
-    return min(end, int(named[index])) if index < len(named) else end
+    following = code.next_named(address)
+    return min(end, following) if following is not None else end

@@ -131,9 +131,9 @@ class Variables:
             return False
         if left is None:
             return low == high
-        following = int(np.searchsorted(named, low, "right"))
-        reach = int(named[following]) if following < len(named) else old_section.end
-        return target - left >= min(reach, old_section.end) - low
+        following = self.old.next_named(low)
+        reach = min(following, old_section.end) if following is not None else old_section.end
+        return target - left >= reach - low
 
     def _grown(self, target: int, o: int) -> str | None:
         """Why the variable at ``target`` may be larger than the running one, or None."""
@@ -144,10 +144,8 @@ class Variables:
         room, old_room = self._room(target, o, right)
         if room <= old_room:
             return None
-        named = self.new.referenced
-        following = int(np.searchsorted(named, target, "right"))
-        limit = int(named[following]) if following < len(named) else target + room
-        limit = min(limit, target + room)
+        following = self.new.next_named(target)
+        limit = min(following, target + room) if following is not None else target + room
         align = min(limit & -limit, MAX_ALIGNMENT)
         if limit < target + room and limit <= -(-(target + old_room) // align) * align:
             return None  # something new lies behind it, no farther than alignment explains
