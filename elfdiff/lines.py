@@ -218,15 +218,19 @@ def _callee(code: Code, at: NDArray[np.int64], index: int) -> int:
         offset = int(at[index])
         kind = int(code.decoded.ref_kind[offset])
         if kind == RefKind.CALL:
-            row = int(np.searchsorted(code.references.instruction, offset + code.base))
-            return int(code.references.target[row])
+            return _target(code, offset)
         index += 1
         if int(code.decoded.opcode[offset]) in UNCONDITIONAL:
-            row = int(np.searchsorted(code.references.instruction, offset + code.base))
-            target = int(code.references.target[row]) - code.base
+            target = _target(code, offset) - code.base
             index = int(np.searchsorted(at, target))
             if index == len(at) or int(at[index]) != target:
                 return -1
         elif kind in (RefKind.BRANCH, RefKind.SHORT):
             return -1
     return -1
+
+
+def _target(code: Code, offset: int) -> int:
+    """Where the branch at an offset into the code leads."""
+    row = int(np.searchsorted(code.references.instruction, offset + code.base))
+    return int(code.references.target[row])

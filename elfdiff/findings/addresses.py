@@ -8,15 +8,13 @@ from collections.abc import Iterator
 import numpy as np
 
 from elfdiff.code import LEA, Code, FieldKind
-from elfdiff.findings.places import MANY, functions, name_at, where
+from elfdiff.findings.places import AT_END, AT_START, MANY, called_by, functions, name_at, where
 from elfdiff.identity_x86_64 import compared_addresses
 from elfdiff.image import STT_OBJECT, Image, Kind, SymbolTable
 from elfdiff.patchbuild import Draft
 from elfdiff.patchobject import Finding, Severity
 from elfdiff.variables import object_at
 
-STARTED = (".preinit_array", ".init_array", ".fini_array")
-"""Tables of functions that the start and the end of a program call; ``constructors`` speaks for them."""
 MAX_DISTANCE = 1 << 40
 """No image is larger."""
 
@@ -197,11 +195,9 @@ def kept_functions(draft: Draft) -> Iterator[Finding]:
     """An old function without counterpart to which tables of the old build point: who copied a pointer keeps it."""
     comparison = draft.comparison
     old = comparison.old
-    sections = [s for name in STARTED if (s := old.image.section(name))]
-    started = {old.image.pointer_at(place) for s in sections for place in range(s.start, s.end, 8)}
-    kept = [i for i in comparison.removed if int(old.starts[i]) not in started]
-    kept = [i for i in kept if bool(np.isin(int(old.starts[i]), old.image.relative_targets))]
-    kept = [i for i in kept if not _has_twin(old, i, comparison.new)]
+    # ``constructors`` speaks for what the start and the end of a program call.
+    pointed = set(old.image.relative_targets.tolist()) - called_by(old.image, (*AT_START, *AT_END))
+    kept = [i for i in comparison.removed if int(old.starts[i]) in pointed and not _has_twin(old, i, comparison.new)]
     if kept:
         yield Finding(
             "kept-function",

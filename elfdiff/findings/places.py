@@ -10,6 +10,8 @@ from elfdiff.image import Image
 from elfdiff.patchbuild import Draft
 from elfdiff.patchobject import PatchFunction
 
+AT_START, AT_END = (".preinit_array", ".init_array"), (".fini_array",)
+"""Arrays of the functions that the start and the end of a program call."""
 MANY = 12
 """Places that one finding names."""
 
@@ -31,6 +33,13 @@ def functions(draft: Draft, indices: Iterable[int], *, old: bool = False) -> tup
 def members(draft: Draft, chosen: Iterable[PatchFunction]) -> tuple[str, ...]:
     """The same for functions of the patch."""
     return functions(draft, (draft.comparison.new.function_of(function.new_start) for function in chosen))
+
+
+def called_by(image: Image, arrays: Iterable[str]) -> set[int]:
+    """The functions that arrays of functions of these section names hold (gABI, "Initialization and Termination")."""
+    sections = [s for name in arrays if (s := image.section(name))]
+    places = [place for s in sections for place in range(s.start, s.end, 8)]
+    return {pointer for place in places if (pointer := image.pointer_at(place)) is not None}
 
 
 def where(image: Image, address: int) -> str:

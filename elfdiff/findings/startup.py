@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from elfdiff.findings.places import MANY, members
-from elfdiff.image import R_X86_64_IRELATIVE, STT_GNU_IFUNC, Image
+from elfdiff.findings.places import AT_END, AT_START, MANY, called_by, members
+from elfdiff.image import R_X86_64_IRELATIVE, STT_GNU_IFUNC
 from elfdiff.patchbuild import Draft
 from elfdiff.patchobject import Finding, Reason, Severity
 
@@ -13,7 +13,7 @@ from elfdiff.patchobject import Finding, Reason, Severity
 def constructors(draft: Draft) -> Iterator[Finding]:
     """Constructors or destructors that the new build has and the running program never ran."""
     old, new = draft.comparison.old.image, draft.comparison.new.image
-    for name in (".preinit_array", ".init_array", ".fini_array"):
+    for name in (*AT_START, *AT_END):
         sizes = [s.end - s.start if s else 0 for s in (old.section(name), new.section(name))]
         if sizes[0] != sizes[1]:
             yield Finding(
@@ -28,7 +28,8 @@ def constructors(draft: Draft) -> Iterator[Finding]:
 
 def changed_constructors(draft: Draft) -> Iterator[Finding]:
     """A constructor whose code changed: it ran when the program started, and does not run again."""
-    started, starting = _started(draft.comparison.old.image), _started(draft.comparison.new.image)
+    started = called_by(draft.comparison.old.image, AT_START)
+    starting = called_by(draft.comparison.new.image, AT_START)
     found = [f for f in draft.functions if f.old_start in started or f.new_start in starting]
     if found:
         yield Finding(
@@ -39,13 +40,6 @@ def changed_constructors(draft: Draft) -> Iterator[Finding]:
             "they ran when the program started, and what they set up would be otherwise now",
             "if the running state may stay, --allow constructors",
         )
-
-
-def _started(image: Image) -> set[int]:
-    """The functions that run when the program starts."""
-    sections = [s for name in (".preinit_array", ".init_array") if (s := image.section(name))]
-    places = [place for s in sections for place in range(s.start, s.end, 8)]
-    return {pointer for place in places if (pointer := image.pointer_at(place)) is not None}
 
 
 def changed_resolvers(draft: Draft) -> Iterator[Finding]:
