@@ -20,7 +20,7 @@ import hashlib
 import json
 import struct
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -97,24 +97,27 @@ def write_patch(patch: PatchObject, path: Path) -> PatchObject:
     """Write the file whole or not at all; returns the patch with its id. Raises LivegraftError."""
     raw = _serialise(patch)
     require_output(path, ())  # a device would be replaced, too
+    hint = "name a folder that exists and that you may write to"
+    write_whole(path, raw, "patch object", hint, lambda temporary: confirm(patch, temporary))
+    return replace(patch, id=hashlib.sha256(_without_digest(raw)).hexdigest())
+
+
+def write_whole(path: Path, raw: bytes, what: str, hint: str, check: Callable[[Path], None] | None = None) -> None:
+    """Write a file whole or not at all; ``check`` sees it before it has its name. BadInput has the ``hint``."""
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".livegraft-", delete=False) as stream:
             temporary = Path(stream.name)
         try:
             temporary.write_bytes(raw)
-            confirm(patch, temporary)
+            if check is not None:
+                check(temporary)
             temporary.chmod(0o644)
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise BadInput(
-            f"{path}: cannot write the patch object: {error.strerror}",
-            why=str(error),
-            next_step="name a folder that exists and that you may write to",
-        ) from error
-    return replace(patch, id=hashlib.sha256(_without_digest(raw)).hexdigest())
+        raise BadInput(f"{path}: cannot write the {what}: {error.strerror}", why=str(error), next_step=hint) from error
 
 
 def _serialise(patch: PatchObject) -> bytes:

@@ -10,13 +10,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from elfdiff.errors import BadInput
 from elfdiff.explain import ExplainedFunction, Explanation
-from elfdiff.patchfile import require_output
+from elfdiff.patchfile import require_output, write_whole
 from elfdiff.patchobject import Finding, Severity
 from elfdiff.quoting import printable
 from patcher.explanation_page import SCRIPT, STYLE
@@ -66,23 +64,7 @@ def page(explanation: Explanation, context: int, command: str) -> str:
 def write_page(text: str, path: Path) -> None:
     """Write the page whole or not at all. Raises BadInput."""
     require_output(path, (), "page")  # a device would be replaced, too
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".livegraft-", delete=False) as stream:
-            temporary = Path(stream.name)
-            try:
-                stream.write(text.encode())
-                stream.flush()
-                temporary.chmod(0o644)
-                temporary.replace(path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-    except OSError as error:
-        raise BadInput(
-            f"{path}: cannot write the page: {error.strerror}",
-            why=str(error),
-            next_step="name a file in a folder that exists and that you may write to",
-        ) from error
+    write_whole(path, text.encode(), "page", "name a file in a folder that exists and that you may write to")
 
 
 def _digest(text: str) -> str:
