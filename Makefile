@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 ARGS ?=
-ROUNDS ?= 300
+ROUNDS ?= 2000
 SEED ?= 1
 
 VENV := .venv
@@ -27,9 +27,9 @@ test-real: $(VENV)/.development ## the long tests: tor, frr and memcached built 
 	@bash .ci/tools real
 	@LIVEGRAFT_REAL=1 $(RUN) -m pytest -m long tests/real $(ARGS)
 
-soak: $(VENV)/.development ## the long runs: 300 kills of the patcher (ROUNDS=n for another number)
+soak: $(VENV)/.development ## the long runs: faults at every operation, kills at random, cycles (ROUNDS=n kills)
 	@bash .ci/tools all
-	@LIVEGRAFT_ROUNDS=$(ROUNDS) $(RUN) -m pytest -s tests/live/test_killed_patcher.py
+	@LIVEGRAFT_SOAK=1 LIVEGRAFT_ROUNDS=$(ROUNDS) $(RUN) -m pytest -s -m soak tests/live $(ARGS)
 
 fuzz: ROUNDS = 10000
 fuzz: $(VENV)/.development ## damaged ELF files through diff, 10000 of them (ROUNDS=n, SEED=n to replay)

@@ -17,7 +17,7 @@ from pathlib import Path
 from elfdiff.errors import BadInput, Busy, LivegraftError, NotPermitted
 from trampolines.stub_x86_64 import RESTORED, RETURN_OFFSET, stub_bytes
 
-from . import ptrace, tracees
+from . import ptrace, seam, tracees
 from .memory import Memory
 from .proc import no_such_process, status, thread_ids
 from .ptrace import Option, PtraceFailed
@@ -80,6 +80,9 @@ class Borrowed:
         None: the call was not made, since a signal came first or the thread died; the thread has been let go.
         Raises Busy (the call does not end), LivegraftError (the thread does not do as told).
         """
+        failure = seam.announce(f"CALL {number}", self.tid)
+        if failure:
+            return -failure
         launch = self.registers.copy()
         launch.rip = self.slot
         # A filter that is suspended by us is in force again the moment we die. So the call that it might

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from elfdiff.errors import Busy, NotPermitted
 
+from . import seam
 from .proc import no_such_process
 
 
@@ -25,6 +26,9 @@ def exclusive(pid: int, name: str = "mem") -> Iterator[None]:
     descriptor = _open(pid, name)
     try:
         try:
+            failure = seam.announce("LOCK", pid)
+            if failure:
+                raise OSError(failure, os.strerror(failure))  # the kind of OSError follows from the number
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise Busy(

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from elfdiff.errors import LivegraftError
 
+from . import seam
 from .binding import PF_R, PF_W, PF_X, BoundSegment
 from .memory import Memory
 from .remote import (
@@ -84,15 +85,24 @@ def fill_memory_file(pid: int, descriptor: int, image: Image) -> None:
     The target takes no part in this. Raises LivegraftError.
     """
     try:
+        _announce("OPEN", pid)
         descriptor = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
         try:
             for part in image.parts:
+                _announce("FILL", pid)
                 _write_all(descriptor, part.data)
+            _announce("SEAL", pid)
             fcntl.fcntl(descriptor, _F_ADD_SEALS, _SEALS)
         finally:
             os.close(descriptor)
     except OSError as error:
         raise LivegraftError("the patch could not be written to a memory file", why=str(error)) from error
+
+
+def _announce(name: str, pid: int) -> None:
+    failure = seam.announce(name, pid)
+    if failure:
+        raise OSError(failure, os.strerror(failure))
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

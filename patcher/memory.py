@@ -16,6 +16,7 @@ from types import TracebackType
 
 from elfdiff.errors import LivegraftError, NotPermitted
 
+from . import seam
 from .proc import no_such_process
 
 Poke = Callable[[int, int], None]
@@ -91,6 +92,9 @@ class Memory:
     def _read_some(self, address: int, size: int) -> bytes:
         self._require_open()
         _require_address(address, size)
+        failure = seam.announce("READ", self.pid)
+        if failure:
+            raise _unreadable(self.pid, address, size, os.strerror(failure))
         try:
             part = os.pread(self._descriptor, size, address)
         except OSError as error:
@@ -110,7 +114,7 @@ class Memory:
         self._require_open()
         _require_address(address, len(data))
         try:
-            written = os.pwrite(self._descriptor, data, address)
+            written = self._pwrite(address, data)
         except OSError as error:
             if error.errno != errno.EIO or self.poke is None:
                 raise _unwritable(self.pid, address, len(data), error.strerror or str(error)) from error
@@ -118,6 +122,12 @@ class Memory:
             return
         if written != len(data):
             raise _unwritable(self.pid, address, len(data), f"only {written} bytes were written")
+
+    def _pwrite(self, address: int, data: bytes) -> int:
+        failure = seam.announce("WRITE", self.pid)
+        if failure:
+            raise OSError(failure, os.strerror(failure))
+        return os.pwrite(self._descriptor, data, address)
 
     def _poke_words(self, address: int, data: bytes, poke: Poke) -> None:
         # Aligned words never reach over a page boundary into memory that may not exist.
@@ -145,6 +155,9 @@ class Memory:
         buffer = ctypes.create_string_buffer(max(total, 1))
         local = _Iovec(ctypes.addressof(buffer), total)
         remote = (_Iovec * len(ranges))(*(_Iovec(*item) for item in ranges))
+        failure = seam.announce("READV", self.pid)
+        if failure:
+            raise self._batch_error(ranges, -1, failure)
         got = _process_vm_readv()(self.pid, ctypes.byref(local), 1, remote, len(ranges), 0)
         if got != total:
             raise self._batch_error(ranges, got, ctypes.get_errno())

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from elfdiff.errors import Busy, Changed, LivegraftError, TargetDamaged
 
 from . import ptrace
+from .conditions import Conditions
 from .forbidden import ForbiddenRange
 from .memory import Memory
 from .modules import Module, module_of
@@ -48,15 +49,15 @@ class Pause:
 
 
 def carry_out(
-    plan: Plan, seen: Snapshot, memory: Memory, timeout: float, on_step: OnStep, *, write: bool = True
+    plan: Plan, seen: Snapshot, memory: Memory, conditions: Conditions, on_step: OnStep, *, write: bool = True
 ) -> Pause:
     """Stop the process until none of the plan's functions is live, and carry out the plan then.
 
-    ``timeout`` is in seconds, for all tries together. Without ``write`` everything is done but the writing.
+    Without ``write`` everything is done but the writing.
     Raises Busy where a function stayed live, or a thread did not stop; Changed where the process is no longer as the
     plan knows it; LivegraftError where a write failed and all was put back; TargetDamaged where that failed too.
     """
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + conditions.timeout
     interval = _FIRST_INTERVAL
     tries = 0
     with StackCheck(memory, plan.forbidden, patch_tables(seen)) as check:
@@ -65,7 +66,7 @@ def carry_out(
             try:
                 done = _one_stop(plan, check, memory, tries, on_step if write else None)
             except _NotQuiescent as error:
-                busy = _busy(error.live, seen, plan.forbidden, timeout, tries)
+                busy = _busy(error.live, seen, plan.forbidden, conditions.timeout, tries)
             except Busy as error:
                 busy = error
             else:

@@ -21,6 +21,7 @@ from ptrace.ctypes_libc import libc
 
 from elfdiff.errors import LivegraftError
 
+from . import seam
 from .registers_x86_64 import Registers
 
 
@@ -76,6 +77,9 @@ _ptrace.restype = ctypes.c_long
 
 
 def _request(request: Request, tid: int, address: int = 0, data: int = 0) -> None:
+    failure = seam.announce(request.name, tid)
+    if failure:
+        raise PtraceFailed(request, tid, failure)
     if _ptrace(request, tid, address, data) == -1:
         raise PtraceFailed(request, tid, ctypes.get_errno())
 
@@ -167,6 +171,9 @@ def rseq_configuration(tid: int) -> RseqConfiguration:
     """
     raw = _RseqConfiguration()
     size = ctypes.sizeof(raw)
+    failure = seam.announce(Request.GET_RSEQ_CONFIGURATION.name, tid)
+    if failure:
+        raise PtraceFailed(Request.GET_RSEQ_CONFIGURATION, tid, failure)
     if _ptrace(Request.GET_RSEQ_CONFIGURATION, tid, size, ctypes.addressof(raw)) == -1:
         raise PtraceFailed(Request.GET_RSEQ_CONFIGURATION, tid, ctypes.get_errno())
     return RseqConfiguration(raw.address, raw.size)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from elfdiff.errors import LivegraftError, NotPermitted
 
+from . import seam
 from .proc import Mapping, mappings, no_such_process
 
 # ioctl PROCMAP_QUERY on /proc/PID/maps (include/uapi/linux/fs.h; kernel commit ed5d583a88a9, v6.11): one mapping
@@ -134,10 +135,12 @@ class StackMemory:
 
     def _read_batch(self, remote: NDArray[np.uint64], words: NDArray[np.uint64]) -> None:
         local = np.array([words.ctypes.data, words.nbytes], dtype=np.uint64)
-        got = _process_vm_readv()(self._pid, local.ctypes.data, 1, remote.ctypes.data, len(remote), 0)
-        if got == words.nbytes:
-            return
-        number = ctypes.get_errno() if got < 0 else errno.EFAULT
+        number = seam.announce("READV", self._pid)
+        if not number:
+            got = _process_vm_readv()(self._pid, local.ctypes.data, 1, remote.ctypes.data, len(remote), 0)
+            if got == words.nbytes:
+                return
+            number = ctypes.get_errno() if got < 0 else errno.EFAULT
         kind = NotPermitted if number == errno.EPERM else LivegraftError
         raise kind(f"stacks of process {self._pid} could not be read", why=os.strerror(number))
 

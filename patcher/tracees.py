@@ -20,7 +20,7 @@ from ptrace.ctypes_libc import libc
 
 from elfdiff.errors import BadInput, LivegraftError, NotPermitted, Refused
 
-from . import ptrace
+from . import ptrace, seam
 from .proc import ProcessStatus, status
 from .quiet import ticking
 
@@ -82,6 +82,8 @@ def decode(wait_status: int) -> Stop:
 
 def poll(tid: int) -> Stop | None:
     """Return the stop of a tracee, or None while it runs. Never blocks."""
+    if seam.announce("WAIT", tid):
+        return GONE
     try:
         found, wait_status = os.waitpid(tid, os.WNOHANG | _WALL)
     except ChildProcessError:

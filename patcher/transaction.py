@@ -9,17 +9,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 from elfdiff.errors import BadInput, Changed, LivegraftError, Refused
 from elfdiff.patchobject import PatchObject
 
 from .binding import Binding, bind
+from .conditions import Conditions
 from .lookups import all_in_place, require_believable_lookups
 from .memory import Memory
 from .modules import Module
-from .pause import Pause, carry_out
+from .pause import OnStep, Pause, carry_out
 from .placement import MARGIN
 from .plan import Plan, Situation, idle_ranges, plan_apply, plan_revert, situation
 from .record import FIRST_SLOT, INTERRUPTED, Contents, Record, State, record_size
@@ -60,7 +61,7 @@ def apply(
     patch: PatchObject,
     *,
     timeout: float = DEFAULT_TIMEOUT,
-    on_step: Callable[[str], None] = _no_step,
+    on_step: OnStep = _no_step,
 ) -> Outcome:
     """Put ``patch`` in force in process ``pid``, in place of any other patch of the same image.
 
@@ -71,24 +72,28 @@ def apply(
     LivegraftError; in all these cases the target is as before. TargetDamaged where it is not.
     """
     with open_target(pid) as memory:
-        return _attempts(timeout, lambda left: _apply(pid, patch, memory, left, on_step))
+        return _attempts(Conditions(timeout), lambda left: _apply(pid, patch, memory, left, on_step))
 
 
-def _attempts(timeout: float, attempt: Callable[[float], Outcome]) -> Outcome:
-    """Try again where the process has changed in between; ``attempt`` is given the seconds that are left."""
-    deadline = time.monotonic() + timeout
+def _attempts(conditions: Conditions, attempt: Callable[[Conditions], Outcome]) -> Outcome:
+    """Try again where the process has changed in between; ``attempt`` is given what is left of the time."""
+    deadline = time.monotonic() + conditions.timeout
+
+    def left() -> Conditions:
+        return replace(conditions, timeout=max(0.0, deadline - time.monotonic()))
+
     for _ in range(_ATTEMPTS - 1):
         with suppress(Changed):  # a new plan will know of it; the last attempt says so
-            return attempt(max(0.0, deadline - time.monotonic()))
-    return attempt(max(0.0, deadline - time.monotonic()))
+            return attempt(left())
+    return attempt(left())
 
 
-def _apply(pid: int, patch: PatchObject, memory: Memory, timeout: float, on_step: Callable[[str], None]) -> Outcome:
+def _apply(pid: int, patch: PatchObject, memory: Memory, conditions: Conditions, on_step: OnStep) -> Outcome:
     seen, binding, now = _bind(pid, patch, memory)
     if _in_force(now, binding, memory):
         assert now.applied is not None
         return _already(seen, now.applied)
-    staged, pause = _stage_and_commit(binding, now, seen, memory, timeout, on_step)
+    staged, pause = _stage_and_commit(binding, now, seen, memory, conditions, on_step)
     others = tuple(record for record in now.active if record.contents.patch != patch.id)
     return Outcome(pid, seen.name, staged.contents, State.APPLIED, False, pause, staged.mapped_bytes, others)
 
@@ -101,16 +106,16 @@ def check(pid: int, patch: PatchObject, *, timeout: float = DEFAULT_TIMEOUT) -> 
     ``apply``.
     """
     with open_target(pid) as memory:
-        return _attempts(timeout, lambda left: _check(pid, patch, memory, left))
+        return _attempts(Conditions(timeout), lambda left: _check(pid, patch, memory, left))
 
 
-def _check(pid: int, patch: PatchObject, memory: Memory, timeout: float) -> Outcome:
+def _check(pid: int, patch: PatchObject, memory: Memory, conditions: Conditions) -> Outcome:
     seen, binding, now = _bind(pid, patch, memory)
     if _in_force(now, binding, memory):
         assert now.applied is not None
         return _already(seen, now.applied)
     contents, plan = _rehearse(binding, now, seen, memory)
-    pause = carry_out(plan, seen, memory, timeout, _no_step, write=False)
+    pause = carry_out(plan, seen, memory, conditions, _no_step, write=False)
     mapped = record_size(contents) + sum(item.size for item in contents.segments)
     return Outcome(pid, seen.name, contents, State.PREPARED, False, pause, mapped, now.active)
 
@@ -156,12 +161,12 @@ def _stage_and_commit(
     now: Situation,
     seen: Snapshot,
     memory: Memory,
-    timeout: float,
-    on_step: Callable[[str], None],
+    conditions: Conditions,
+    on_step: OnStep,
 ) -> tuple[Staged, Pause]:
     try:
         staged = stage(binding, now, seen, memory, version("livegraft"), on_step)
-        return staged, carry_out(staged.plan, seen, memory, timeout, on_step)
+        return staged, carry_out(staged.plan, seen, memory, conditions, on_step)
     except BaseException as error:
         # Whatever has come in between, an interrupt too: what is mapped and not in force goes. An interrupt that was
         # held back during the pause finds the patch in force, and then there is nothing to sweep.
@@ -191,7 +196,7 @@ def revert(
     patch_id: str = "",
     *,
     timeout: float = DEFAULT_TIMEOUT,
-    on_step: Callable[[str], None] = _no_step,
+    on_step: OnStep = _no_step,
 ) -> Outcome:
     """Take a patch out of force: the one whose id begins with ``patch_id``, or the only one there is.
 
@@ -208,7 +213,7 @@ def revert(
         now = situation(seen.records, module)
         sweep_stubs(pid, memory)
         plan = plan_revert(record, now, memory.read_many, seen.modules)
-        pause = carry_out(plan, seen, memory, timeout, on_step)
+        pause = carry_out(plan, seen, memory, Conditions(timeout), on_step)
         others = tuple(item for item in now.interrupted if item.address != record.address)
         return Outcome(pid, seen.name, record.contents, State.REVERTED, False, pause, mapped_bytes(record), others)
 

@@ -25,7 +25,7 @@ COMMAND_SECONDS = 300
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skips what needs root where we are not root, and says so; leaves out the long tests unless they are wanted."""
-    for marker, wanted in (("long", "LIVEGRAFT_REAL"), ("matrix", "LIVEGRAFT_MATRIX")):
+    for marker, wanted in (("long", "LIVEGRAFT_REAL"), ("matrix", "LIVEGRAFT_MATRIX"), ("soak", "LIVEGRAFT_SOAK")):
         if not os.environ.get(wanted):
             left_out = [item for item in items if item.get_closest_marker(marker)]
             config.hook.pytest_deselected(items=left_out)
