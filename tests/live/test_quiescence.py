@@ -29,6 +29,7 @@ FLAGS = ("-O2", "-fno-optimize-sibling-calls")
 def stacks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stacks]:
     program = compile_program("stacks.c", tmp_path_factory.mktemp("quiescence") / "stacks", *FLAGS)
     with run_stacks(program) as running:
+        running.wait_for_main()
         yield running
 
 

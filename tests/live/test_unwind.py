@@ -42,6 +42,7 @@ def stacks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         compiler=compiler,
     )
     with run_stacks(program) as running:
+        running.wait_for_main()
         yield running
 
 
