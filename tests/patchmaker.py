@@ -38,7 +38,7 @@ FLAGS = ("-O2", "-Wall", "-Wextra", "-ffunction-sections", "-Wl,--emit-relocs", 
 
 def compile_version(source: Path, version: int, folder: Path, *flags: str) -> Path:
     """Compile ``source`` with ``-DVERSION``; the file name is the same for every version, as in an upgrade."""
-    out = folder / f"v{version}{''.join(flags)}" / source.stem
+    out = folder / _digest(source) / f"v{version}{''.join(flags)}" / source.stem
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
         # Into a file of our own first: tests that run at the same time may build the same program.
@@ -46,6 +46,17 @@ def compile_version(source: Path, version: int, folder: Path, *flags: str) -> Pa
         subprocess.run(["gcc", *FLAGS, *flags, f"-DVERSION={version}", "-o", draft, source], check=True)
         draft.rename(out)
     return out
+
+
+def _digest(source: Path) -> str:
+    """Of a source file and what it includes by a relative name: what was built from other text is not taken again."""
+    pending, seen = [source], {}
+    while pending:
+        path = pending.pop()
+        seen[path] = path.read_text()
+        included = (path.parent / name for name in re.findall(r'^#include "(.*)"', seen[path], re.MULTILINE))
+        pending += [item for item in included if item not in seen]
+    return hashlib.sha256("".join(seen[path] for path in sorted(seen)).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
