@@ -2,6 +2,7 @@
 
     LivegraftError            1  failed          target untouched or rolled back
     ├── Changed               1  failed          another attempt may do
+    ├── Interrupted           1  failed          a signal asked us to end
     ├── BadInput              2  bad-input       no such file, process or patch; wrong usage
     ├── NothingToPatch        3  nothing-to-patch
     ├── Refused               4  refused         not safe, or not this build
@@ -62,6 +63,10 @@ class LivegraftError(Exception):
 
 class Changed(LivegraftError):
     """The target changed between the plan and the pause. Nothing was written; a new plan may fit."""
+
+
+class Interrupted(LivegraftError):
+    """A signal asked this process to end, and it has, with nothing written or all of it undone."""
 
 
 class BadInput(LivegraftError):

@@ -2,6 +2,10 @@
 
 Text for people goes to stdout, errors and talk to stderr. With ``--json`` stdout carries exactly one object, whatever
 happens, with ``schema``, ``command`` and ``exit``, and on an error ``error`` with what, why and next.
+
+A signal that asks a command to end (SIGHUP, SIGINT, SIGQUIT, SIGTERM) ends one that changes nothing at once. One that
+works on a process heeds it where it can still undo everything: then it exits with 1 and says ``interrupted``. Later it
+finishes, exits with 0 and says that the signal came too late.
 """
 
 from __future__ import annotations
@@ -13,13 +17,15 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import FrameType
 from typing import Any, NoReturn, cast
 
-from elfdiff.errors import EXIT_NAMES, BadInput, LivegraftError, Refused
+from elfdiff.errors import EXIT_NAMES, BadInput, Interrupted, LivegraftError, Refused
 
+from . import interruption
 from .commands import Report, Verb
 
 SCHEMA = 1
@@ -34,6 +40,11 @@ VERBS = {
     "status": "Show which patches a process carries.",
 }
 """Verb -> first line of its module's docstring; here too, so that the help needs none of the modules."""
+
+_ENDED_AT_ONCE = frozenset({"", "diff", "inspect", "status"})
+"""Verbs that stop no process and write to none: a signal may end them anywhere."""
+
+_ending = threading.Event()
 
 _EPILOG = """\
 exit status:
@@ -52,7 +63,10 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    signal.signal(signal.SIGTERM, _interrupt)
+    _ending.clear()
+    for number in interruption.ENDING:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup(1), or a job of a script in the background
+            signal.signal(number, _interrupt)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of files and symbols may be no UTF-8
             stream.reconfigure(errors="backslashreplace")
@@ -64,25 +78,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    """Let SIGTERM unwind like Ctrl-C, so that a preparation is undone."""
-    del number, frame
-    raise KeyboardInterrupt
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Let every signal that asks to end unwind like Ctrl-C; no longer when this process ends in any case."""
+    del frame
+    if not _ending.is_set():
+        raise KeyboardInterrupt(signal.Signals(number).name)
 
 
 def _run(words: list[str]) -> int:
     verb = _verb_in(words)
     as_json = "--json" in words
     try:
+        if verb in _ENDED_AT_ONCE:
+            return _run_verb(words, verb, as_json, None)
+        with interruption.deferred() as deferral:
+            return _run_verb(words, verb, as_json, deferral)
+    except KeyboardInterrupt as error:
+        return _fail(_interrupted(str(error)), verb, as_json)
+
+
+def _run_verb(words: list[str], verb: str, as_json: bool, deferral: interruption.Deferral | None) -> int:
+    try:
         report = _perform(words, verb)
     except LivegraftError as error:
         return _fail(error, verb, as_json)
-    except KeyboardInterrupt:
-        return _fail(_interrupted(), verb, as_json)
     except Exception as error:
         if os.environ.get("LIVEGRAFT_DEBUG"):
             raise
         return _fail(_bug(error), verb, as_json)
+    finally:
+        late = deferral.take() if deferral else ()
+        if deferral:
+            _ending.set()  # what is said now is true: no signal may change the exit status
+    if late:
+        notes = (*report.notes, f"{' and '.join(late)} came too late to undo anything: the command was finished")
+        report = replace(report, notes=notes, json={**report.json, "came_too_late": list(late)})
     _show(report, verb, as_json)
     return report.exit_code
 
@@ -138,11 +168,9 @@ class _Version(argparse.Action):
         parser.exit(0)
 
 
-def _interrupted() -> LivegraftError:
-    return LivegraftError(
-        "interrupted",
-        why="a signal asked livegraft to end",
-        next_step="see what the process carries now: livegraft status --pid PID",
+def _interrupted(name: str) -> Interrupted:
+    return Interrupted(
+        "interrupted", why=f"{name or 'SIGINT'} came; no process was touched", next_step="run the command again"
     )
 
 

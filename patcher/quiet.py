@@ -13,10 +13,12 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
+
+from .interruption import deferred
 
 _PRIORITY = 10
 
@@ -35,11 +37,11 @@ _FAULTS = frozenset(
 
 
 class Undisturbed:
-    """A context in which this thread is real-time, takes no signals and collects no garbage.
+    """A context in which this thread is real-time, is not disturbed by signals and collects no garbage.
 
     ``realtime`` says whether the kernel granted SCHED_FIFO (it needs CAP_SYS_NICE or RLIMIT_RTPRIO);
-    without it everything works, only the pause may be longer. Signals that arrive meanwhile act on leaving.
-    The tracer must be the only thread of its process that takes signals: others would still answer them.
+    without it everything works, only the pause may be longer. Signals that arrive meanwhile act on leaving: those
+    that would end or stop this process are ``deferred``, since another thread may take them; the rest is blocked.
     SIGALRM belongs to ``ticking`` meanwhile, and a timer that somebody has set is put back. Not to be nested.
     """
 
@@ -50,9 +52,11 @@ class Undisturbed:
         self._mask: set[signal.Signals] | set[int] = set()
         self._collected = False
         self._alarm: _Alarm | None = None
+        self._deferral = ExitStack()
 
     def __enter__(self) -> Undisturbed:
-        """Block the signals first, so that nothing can come between the other steps."""
+        """Defer and block the signals first, so that nothing can come between the other steps."""
+        self._deferral.enter_context(deferred())
         # Includes SIGTSTP, SIGTTIN and SIGTTOU: stopped by the terminal we would leave the target standing.
         self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - _FAULTS)
         self._collected = gc.isenabled()
@@ -83,6 +87,7 @@ class Undisturbed:
         if self._collected:
             gc.enable()
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+        self._deferral.close()
 
 
 @dataclass(frozen=True, slots=True)

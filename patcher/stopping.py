@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +23,7 @@ from types import TracebackType
 from elfdiff.errors import BadInput, Busy, LivegraftError
 
 from . import ptrace, tracees
+from .interruption import deferred, heed
 from .proc import status, thread_ids
 from .quiet import Undisturbed
 from .registers_x86_64 import Registers, without_spurious_eintr
@@ -59,12 +61,16 @@ def seize(pid: int) -> SeizedProcess:
     """Become the tracer of every thread of a process, without stopping any.
 
     Meant for immediate use: a signal that reaches a seized thread holds it until ``stop`` looks.
-    Raises BadInput (no such process, a kernel thread, a zombie, ourselves), NotPermitted (traced already,
+    Signals to this process are ``deferred`` until the threads are let go; one that was noted before is heeded now.
+    Raises Interrupted, BadInput (no such process, a kernel thread, a zombie, ourselves), NotPermitted (traced already,
     no rights).
     """
+    heed()
     tracees.release_abandoned()
     tracees.require_traceable(pid)
     process = SeizedProcess(pid)
+    # Stopped by Ctrl-Z between seizing and stopping, we would hold every thread that receives a signal.
+    process._deferral.enter_context(deferred())
     try:
         process._seize_new(_OPTIONS)
     except BaseException:
@@ -91,6 +97,7 @@ class SeizedProcess:
         self._threads: tuple[StoppedThread, ...] = ()
         self._began = 0
         self._quiet: Undisturbed | None = None
+        self._deferral = ExitStack()
 
     def __enter__(self) -> SeizedProcess:
         """Return itself."""
@@ -238,6 +245,7 @@ class SeizedProcess:
             quiet, self._quiet = self._quiet, None
             if quiet is not None:
                 quiet.__exit__(None, None, None)
+            self._deferral.close()
         if failures:
             raise failures[0]
 

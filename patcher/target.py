@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from elfdiff.errors import NotPermitted, TargetDamaged
 
 from .exclusive import exclusive
+from .interruption import deferred, heed
 from .memory import Memory
 from .modules import Module, modules
 from .proc import Mapping, mapping_over, mappings, status
@@ -46,15 +47,18 @@ def take_snapshot(pid: int, memory: Memory) -> Snapshot:
 def open_target(pid: int) -> Iterator[Memory]:
     """Open the memory of a process that is to be changed, and keep other livegrafts away from it.
 
-    Raises BadInput (no such process, a zombie, a kernel thread, this process), NotPermitted (not ours to
-    trace, traced already), Busy (another livegraft is at work on it).
+    Signals to this process are ``deferred`` meanwhile. Raises Interrupted (one was noted before),
+    BadInput (no such process, a zombie, a kernel thread, this process), NotPermitted (not ours to trace, traced
+    already), Busy (another livegraft is at work on it).
     """
-    found = require_traceable(pid)
-    require_main_thread(found)
-    if found.tracer_pid:
-        raise _traced(pid, found.name, found.tracer_pid)
-    with exclusive(pid, _LOCK), Memory(pid) as memory:
-        yield memory
+    with deferred():
+        heed()
+        found = require_traceable(pid)
+        require_main_thread(found)
+        if found.tracer_pid:
+            raise _traced(pid, found.name, found.tracer_pid)
+        with exclusive(pid, _LOCK), Memory(pid) as memory:
+            yield memory
 
 
 def _traced(pid: int, name: str, tracer: int) -> NotPermitted:

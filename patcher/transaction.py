@@ -17,6 +17,7 @@ from elfdiff.patchobject import PatchObject
 
 from .binding import Binding, bind
 from .conditions import Conditions
+from .interruption import heed
 from .lookups import all_in_place, require_believable_lookups
 from .memory import Memory
 from .modules import Module
@@ -164,12 +165,12 @@ def _stage_and_commit(
     conditions: Conditions,
     on_step: OnStep,
 ) -> tuple[Staged, Pause]:
+    heed()
     try:
         staged = stage(binding, now, seen, memory, version("livegraft"), on_step)
         return staged, carry_out(staged.plan, seen, memory, conditions, on_step)
     except BaseException as error:
-        # Whatever has come in between, an interrupt too: what is mapped and not in force goes. An interrupt that was
-        # held back during the pause finds the patch in force, and then there is nothing to sweep.
+        # Whatever has come in between, an interrupt too: what is mapped and not in force goes.
         try:
             sweep(take_snapshot(seen.pid, memory), memory)
         except LivegraftError as failure:
