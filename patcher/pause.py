@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from elfdiff.errors import Busy, Changed, LivegraftError, TargetDamaged
 
@@ -20,6 +20,7 @@ from .modules import Module, module_of
 from .plan import PageWrite, Plan, StateWrite
 from .quiescence import LiveFrame, StackCheck
 from .record import STATE_OFFSET
+from .returns import Waiting, Waits
 from .stopping import SeizedProcess, seize
 from .target import Snapshot
 from .unwindtables import UnwindTable
@@ -27,8 +28,6 @@ from .unwindtables import UnwindTable
 OnStep = Callable[[str], None]
 """Called with a name at every point at which the death of this process leaves something else behind."""
 
-_FIRST_INTERVAL = 0.01
-_LONGEST_INTERVAL = 0.5
 _MAX_STACK_LINES = 16
 _MAX_FRAMES_SHOWN = 8
 
@@ -38,7 +37,8 @@ class Pause:
     """How it went: length of the pause that did it, from the first PTRACE_INTERRUPT to the last
     PTRACE_DETACH.
 
-    ``tries`` counts the stops, the last one included; ``realtime`` says whether it ran under SCHED_FIFO.
+    ``tries`` counts the stops, the last one included; ``realtime`` says whether it ran under SCHED_FIFO, ``waits``
+    how the time between the stops was spent.
     """
 
     pause_ns: int
@@ -46,6 +46,7 @@ class Pause:
     threads: int
     unwound: int
     realtime: bool
+    waits: Waits
 
 
 def carry_out(
@@ -57,25 +58,27 @@ def carry_out(
     Raises Busy where a function stayed live, or a thread did not stop; Changed where the process is no longer as the
     plan knows it; LivegraftError where a write failed and all was put back; TargetDamaged where that failed too.
     """
-    deadline = time.monotonic() + conditions.timeout
-    interval = _FIRST_INTERVAL
     tries = 0
+    waiting = Waiting(time.monotonic() + conditions.timeout)
     with StackCheck(memory, plan.forbidden, patch_tables(seen)) as check:
         while True:
             tries += 1
+            live: tuple[LiveFrame, ...] = ()
+            stopped = time.monotonic()
             try:
-                done = _one_stop(plan, check, memory, tries, on_step if write else None)
+                done = _one_stop(plan, check, memory, on_step if write else None)
             except _NotQuiescent as error:
-                busy = _busy(error.live, seen, plan.forbidden, conditions.timeout, tries)
+                live = error.live
+                busy = _busy(live, seen, plan.forbidden, conditions.timeout, tries, waiting.waits)
             except Busy as error:
                 busy = error
             else:
-                return done
-            if time.monotonic() + interval >= deadline:
-                raise busy
-            time.sleep(interval)
-            interval = min(2 * interval, _LONGEST_INTERVAL)
+                return replace(done, tries=tries, waits=waiting.waits)
+            stopped = time.monotonic() - stopped
+            # Before the wait, so that a moment which it finds is not lost to it; ``check`` notices what changes after.
             check.refresh()
+            if not waiting.wait(live, stopped):
+                raise busy
 
 
 class _NotQuiescent(Exception):
@@ -86,7 +89,7 @@ class _NotQuiescent(Exception):
         self.live = live
 
 
-def _one_stop(plan: Plan, check: StackCheck, memory: Memory, tries: int, on_step: OnStep | None) -> Pause:
+def _one_stop(plan: Plan, check: StackCheck, memory: Memory, on_step: OnStep | None) -> Pause:
     with seize(memory.pid) as process:
         process.stop()
         threads = process.threads
@@ -97,7 +100,7 @@ def _one_stop(plan: Plan, check: StackCheck, memory: Memory, tries: int, on_step
         if on_step is not None:
             _write(plan, process, memory, on_step)
         process.resume_and_detach()
-        return Pause(process.pause_ns, tries, len(threads), result.unwound, process.realtime)
+        return Pause(process.pause_ns, 1, len(threads), result.unwound, process.realtime, Waits())
 
 
 def _require_unchanged(plan: Plan, memory: Memory) -> None:
@@ -172,9 +175,15 @@ def patch_tables(seen: Snapshot) -> tuple[UnwindTable, ...]:
 
 
 def _busy(
-    live: Sequence[LiveFrame], seen: Snapshot, forbidden: Sequence[ForbiddenRange], timeout: float, tries: int
+    live: Sequence[LiveFrame],
+    seen: Snapshot,
+    forbidden: Sequence[ForbiddenRange],
+    timeout: float,
+    tries: int,
+    waits: Waits,
 ) -> Busy:
     first = live[0]
+    how = f"; {waits.words()}" if waits.words() else ""
     names = ", ".join(dict.fromkeys(frame.name for frame in live))
     details = []
     for frame in live[:_MAX_FRAMES_SHOWN]:
@@ -189,7 +198,7 @@ def _busy(
     return Busy(
         f"{names} stayed live in process {seen.pid} ({seen.name})",
         why=f"thread {first.tid} {'is' if first.certain else 'may be'} in {first.name}; looked {tries} times "
-        f"in {timeout:g} s",
+        f"in {timeout:g} s{how}",
         next_step="try again when the program does something else, or with a longer --timeout",
         details=tuple(details),
     )

@@ -48,7 +48,8 @@ class LiveFrame:
 
     ``pc`` is where it goes on; ``depth`` counts frames from the innermost, 0, or is None for a word that
     could not be cleared. ``certain``: unwinding found the frame. ``stack`` are the program counters of the
-    thread, innermost first, as far as it could be unwound; ``why`` says what is known and what not.
+    thread, innermost first, as far as it could be unwound; ``why`` says what is known and what not. ``cfa`` is
+    rsp as the caller will have it, which tells one activation from another; None where it was not found.
     """
 
     tid: int
@@ -58,6 +59,7 @@ class LiveFrame:
     certain: bool
     stack: tuple[int, ...]
     why: str
+    cfa: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,7 +313,8 @@ class StackCheck:
             if found is not None:
                 named.add(found.name)
                 why = "waits for a call to return" if after_call else "is executing"
-                yield LiveFrame(item.thread.tid, found.name, pc, depth, True, pcs, why)
+                cfa = stack.frames[depth].cfa if stack.frames else None
+                yield LiveFrame(item.thread.tid, found.name, pc, depth, True, pcs, why, cfa)
         for address, word in _uncleared(item, stack):
             name = self._ranges.of_return_address(word).name
             if name not in named:

@@ -62,6 +62,7 @@ def outcome_json(outcome: Outcome) -> dict[str, Any]:
         "tries": 0 if pause is None else pause.tries,
         "threads": None if pause is None else pause.threads,
         "realtime": None if pause is None else pause.realtime,
+        "waits": None if pause is None else asdict(pause.waits),
         "mapped_bytes": outcome.mapped_bytes,
         "others": [{"id": item.contents.patch, "was": state_name(item.state)} for item in outcome.others],
         **contents_json(outcome.contents),
