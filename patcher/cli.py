@@ -38,6 +38,7 @@ VERBS = {
     "apply": "Put a patch in force in a running process.",
     "revert": "Take a patch out of force again.",
     "status": "Show which patches a process carries.",
+    "outdated": "List the processes that run files which an upgrade has deleted or replaced.",
 }
 """Verb -> first line of its module's docstring; here too, so that the help needs none of the modules."""
 
