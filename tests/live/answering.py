@@ -25,13 +25,13 @@ ANSWERS = {version: str(version * 1001) for version in (1, 2, 3)}
 class Answering:
     """The program, running; ``ask`` sends a line and returns the answer.
 
-    ``under`` is a command that starts the program as its only child.
+    ``under`` is a command that starts the program as its only child, ``arguments`` are the program's.
     """
 
-    def __init__(self, program: Path, under: tuple[str, ...] = ()) -> None:
+    def __init__(self, program: Path, under: tuple[str, ...] = (), arguments: tuple[str | Path, ...] = ()) -> None:
         self.program = program
         self._process = subprocess.Popen(
-            [*under, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            [*under, program, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )
         self.pid = self._process.pid
         assert self._line() == "ready"
@@ -103,9 +103,11 @@ class Versions:
 
 
 @cache
-def versions(folder: Path, *flags: str) -> Versions:
-    programs = {version: compile_version(SOURCE, version, folder, *flags) for version in ANSWERS}
-    patches = {version: make_patch(programs[1], programs[version], *CHANGED) for version in (2, 3)}
+def versions(
+    folder: Path, *flags: str, source: Path = SOURCE, changed: tuple[str, ...] = CHANGED, cc: str = "gcc"
+) -> Versions:
+    programs = {version: compile_version(source, version, folder, *flags, cc=cc) for version in ANSWERS}
+    patches = {version: make_patch(programs[1], programs[version], *changed) for version in (2, 3)}
     return Versions(programs, patches)
 
 
