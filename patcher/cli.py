@@ -42,7 +42,7 @@ VERBS = {
 }
 """Verb -> first line of its module's docstring; here too, so that the help needs none of the modules."""
 
-_ENDED_AT_ONCE = frozenset({"", "diff", "inspect", "status"})
+_ENDED_AT_ONCE = frozenset({"", "diff", "inspect", "outdated", "status"})
 """Verbs that stop no process and write to none: a signal may end them anywhere."""
 
 _ending = threading.Event()
