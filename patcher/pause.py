@@ -60,7 +60,7 @@ def carry_out(
     """
     tries = 0
     waiting = Waiting(time.monotonic() + conditions.timeout)
-    with StackCheck(memory, plan.forbidden, patch_tables(seen)) as check:
+    with stack_check(plan, seen, memory) as check:
         while True:
             tries += 1
             live: tuple[LiveFrame, ...] = ()
@@ -79,6 +79,11 @@ def carry_out(
             check.refresh()
             if not waiting.wait(live, stopped):
                 raise busy
+
+
+def stack_check(plan: Plan, seen: Snapshot, memory: Memory) -> StackCheck:
+    """Return the check that a pause for ``plan`` makes. Raises as ``StackCheck``."""
+    return StackCheck(memory, plan.forbidden, patch_tables(seen))
 
 
 class _NotQuiescent(Exception):
@@ -199,7 +204,8 @@ def _busy(
         f"{names} stayed live in process {seen.pid} ({seen.name})",
         why=f"thread {first.tid} {'is' if first.certain else 'may be'} in {first.name}; looked {tries} times "
         f"in {timeout:g} s{how}",
-        next_step="try again when the program does something else, or with a longer --timeout",
+        next_step=f"livegraft blocking PATCH --pid {seen.pid} shows for how long and how often (--revert: for a revert); "
+        "try again when the program does something else, or with a longer --timeout",
         details=tuple(details),
     )
 

@@ -73,6 +73,20 @@ def awaited(live: Iterable[LiveFrame]) -> tuple[tuple[Return, ...], str]:
     return tuple(found), "" if found else "no thread is known to be in the way"
 
 
+def unwatchable(pid: int, live: Sequence[LiveFrame]) -> str:
+    """Return why the returns of what is ``live`` in a process cannot be waited for, empty where they can."""
+    returns, why = awaited(live) if live else ((Return(pid, 0, 0),), "")
+    try:
+        with Watch(returns):
+            return why
+    except OSError as error:
+        return _not_to_be_had(error)
+
+
+def _not_to_be_had(error: OSError) -> str:
+    return f"breakpoints are not to be had: {error.strerror}"
+
+
 class Watch:
     """Watches returns; a context manager."""
 
@@ -163,7 +177,7 @@ class Waiting:
                 with Watch(returns) as watch:
                     return self._wait_for(watch, max(_SHORTEST_WAIT, _SHARE_STOPPED * stopped))
             except OSError as error:
-                why = f"breakpoints are not to be had: {error.strerror}"
+                why = _not_to_be_had(error)
         return self._poll(why)
 
     def _wait_for(self, watch: Watch, least: float) -> bool:

@@ -18,6 +18,7 @@ from elfdiff.patchobject import PatchObject
 from .binding import Binding, bind
 from .conditions import Conditions
 from .interruption import heed
+from .liveness import Watched, watch
 from .lookups import all_in_place, require_believable_lookups
 from .memory import Memory
 from .modules import Module
@@ -217,6 +218,34 @@ def revert(
         pause = carry_out(plan, seen, memory, Conditions(timeout), on_step)
         others = tuple(item for item in now.interrupted if item.address != record.address)
         return Outcome(pid, seen.name, record.contents, State.REVERTED, False, pause, mapped_bytes(record), others)
+
+
+def watch_apply(pid: int, patch: PatchObject, seconds: float) -> Watched | None:
+    """Look for ``seconds`` at what keeps ``patch`` from being applied; None where it is in force already.
+
+    Changes nothing. Raises as ``check``, but for what is live.
+    """
+    with open_target(pid) as memory:
+        seen, binding, now = _bind(pid, patch, memory)
+        if _in_force(now, binding, memory):
+            return None
+        contents, plan = _rehearse(binding, now, seen, memory)
+        return watch(seen, contents, plan, memory, seconds)
+
+
+def watch_revert(pid: int, patch_id: str, seconds: float) -> Watched | None:
+    """Look for ``seconds`` at what keeps a patch from being reverted; None where it is out of force already.
+
+    Changes nothing. Raises as ``revert``, but for what is live.
+    """
+    with open_target(pid) as memory:
+        seen = _look(pid, memory)
+        record = _choose(seen, patch_id)
+        if record.state is State.REVERTED:
+            return None
+        now = situation(seen.records, _module_of(record, seen))
+        plan = plan_revert(record, now, memory.read_many, seen.modules)
+        return watch(seen, record.contents, plan, memory, seconds)
 
 
 def _module_of(record: Record, seen: Snapshot) -> Module:

@@ -45,7 +45,7 @@ def add_timeout(parser: argparse.ArgumentParser) -> None:
     """Add ``--timeout``, how long to wait for patched functions to become idle."""
     parser.add_argument(
         "--timeout",
-        type=_seconds,
+        type=seconds,
         default=10.0,
         metavar="SECONDS",
         help="how long to wait until no thread is in a patched function (default: 10)",
@@ -59,7 +59,8 @@ def _pid(text: str) -> int:
     return value
 
 
-def _seconds(text: str) -> float:
+def seconds(text: str) -> float:
+    """Return a number of seconds that an option was given. Raises ArgumentTypeError."""
     try:
         value = float(text)
     except ValueError:

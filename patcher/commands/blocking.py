@@ -1,0 +1,112 @@
+"""Show what is in the way of a patch: which thread is in which function that changes.
+
+Looks at the process again and again for a while, in stops of about a millisecond, and writes nothing. Says of each
+function that was live which thread was in it, where it was called from and since when; which functions were never live;
+and in how many of the looks apply could have gone ahead. The exit status is 5 if something was in the way at the last
+look. With --revert it is about taking a patch out of force.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from elfdiff.errors import BadInput, Busy
+
+from . import Report, add_pid, plural, seconds
+
+if TYPE_CHECKING:
+    from patcher.liveness import Activation, Watched
+
+_MOST_SHOWN = 12
+
+
+def prepare_parser(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    parser.add_argument("patch", nargs="?", type=Path, metavar="PATCH", help="a patch object made by livegraft diff")
+    parser.add_argument(
+        "--revert", nargs="?", const="", metavar="ID", help="ask for revert instead: of the patch with this id"
+    )
+    add_pid(parser)
+    parser.add_argument(
+        "--for", dest="seconds", type=seconds, default=1.0, metavar="SECONDS", help="how long to look (default: 1)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> Report:
+    """Look."""
+    from elfdiff.patchfile import read_patch
+
+    from .. import transaction
+
+    if (arguments.patch is None) == (arguments.revert is None):
+        raise BadInput(
+            "name a patch object, or give --revert",
+            why="what is in the way depends on what is to be written",
+            next_step="livegraft blocking PATCH --pid PID",
+        )
+    if arguments.patch is not None:
+        patch = read_patch(arguments.patch)
+        watched = transaction.watch_apply(arguments.pid, patch, arguments.seconds)
+    else:
+        watched = transaction.watch_revert(arguments.pid, arguments.revert, arguments.seconds)
+    if watched is None:
+        nothing = {"pid": arguments.pid, "looks": 0, "quiescent": 0, "live": [], "seen": [], "never_live": []}
+        return Report(nothing, ["nothing would be written, so nothing is in the way"])
+    return Report(_json(watched), _lines(watched), Busy.exit_code if watched.now else 0)
+
+
+def _json(watched: Watched) -> dict[str, Any]:
+    now = watched.now
+    return {
+        "pid": watched.pid,
+        "process": watched.process,
+        "id": watched.contents.patch,
+        "seconds": round(watched.seconds, 3),
+        "looks": watched.looks,
+        "quiescent": watched.quiescent,
+        "live": [_activation_json(item) for item in now],
+        "seen": [_activation_json(item) for item in watched.activations if item not in now],
+        "never_live": list(watched.never_live),
+        "waits_for_returns": not watched.waiting,
+        "why_not": watched.waiting,
+    }
+
+
+def _activation_json(item: Activation) -> dict[str, Any]:
+    return {**asdict(item), "stack": list(item.stack), "age": round(item.age, 3), "from_the_start": item.first == 1}
+
+
+def _lines(watched: Watched) -> list[str]:
+    from .shared import safe
+
+    head = f"{safe(watched.process)} (pid {watched.pid})"
+    now = watched.now
+    rest = len(watched.activations) - len(now)
+    lines = [f"{head}: {'in the way now' if now else 'nothing is in the way now'}"]
+    for item in now[:_MOST_SHOWN]:
+        lines += _activation_lines(item, watched)
+    lines += [f"  and {len(now) - _MOST_SHOWN} more"] if len(now) > _MOST_SHOWN else []
+    lines += [f"  before that: {plural(rest, 'other activation')}"] if rest else []
+    lines.append(f"  quiescent   in {watched.quiescent} of {plural(watched.looks, 'look')} in {watched.seconds:.1f} s")
+    lines.append(f"  apply waits {f'blindly: {watched.waiting}' if watched.waiting else 'for threads to return'}")
+    if watched.never_live:
+        lines.append(f"  never live  {', '.join(map(safe, watched.never_live))}")
+    return lines
+
+
+def _activation_lines(item: Activation, watched: Watched) -> list[str]:
+    from .shared import safe
+
+    name = f" ({safe(item.thread)})" if item.thread else ""
+    since = f"for {item.age:.1f} s"
+    if item.first == 1:
+        since = f"since before the first look, {item.age:.1f} s ago"
+    often = "in every look" if item.looks == watched.looks else f"in {item.looks} of {watched.looks} looks"
+    sure = "is in" if item.certain else "may be in"
+    return [
+        f"  thread {item.tid}{name} {sure} {safe(item.function)}, {since}, {often}: {safe(item.why)}",
+        *(f"      #{depth} {safe(frame)}" for depth, frame in enumerate(item.stack)),
+    ]
