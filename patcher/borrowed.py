@@ -27,7 +27,6 @@ from .registers_x86_64 import (
     USER_CODE_64,
     Registers,
     restart,
-    without_spurious_eintr,
 )
 from .tracees import Stop, StopKind
 
@@ -240,11 +239,7 @@ def borrow_thread(pid: int, tid: int, memory: Memory) -> Borrowed | None:
 def _borrow_stopped(tid: int, stop: Stop, seccomp: bool, memory: Memory) -> Borrowed | None:
     try:
         registers = ptrace.read_registers(tid)
-        if stop.kind in (StopKind.INTERRUPTED, StopKind.SIGNAL):
-            fixed = without_spurious_eintr(registers)
-            if fixed is not None:
-                registers = fixed
-                ptrace.write_registers(tid, registers)
+        tracees.repair(tid, registers, stop)
         if stop.kind not in (StopKind.INTERRUPTED, StopKind.GROUP) or registers.cs != USER_CODE_64:
             return None
         if _in_restartable_sequence(tid, registers, memory):

@@ -172,6 +172,19 @@ def thread_ids(pid: int) -> tuple[int, ...]:
         raise no_such_process(pid) from error
 
 
+def is_socket(tid: int, descriptor: int) -> bool:
+    """Return whether a descriptor of a thread is a socket; False where it is not open (any more).
+
+    Raises LivegraftError where the kernel does not say. Threads need not share their descriptors (clone(2)).
+    """
+    try:
+        return os.readlink(f"/proc/{tid}/fd/{descriptor}").startswith("socket:")  # noqa: PTH115
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    except OSError as error:
+        raise LivegraftError(f"descriptor {descriptor} of thread {tid} is hidden", why=str(error)) from error
+
+
 def _stat_field(text: str, number: int) -> int:
     # The name of the program stands in parentheses and may hold anything, parentheses and blanks included.
     return int(text.rpartition(")")[2].split()[number - 3])

@@ -19,6 +19,7 @@ loop, where the decision is still to come: PTRACE_EVENT_STOP and signal-delivery
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -87,28 +88,40 @@ class Registers(user_regs_struct):
         return ctypes.c_int64(self.orig_rax).value >= 0
 
 
+REGISTER_COUNT = ctypes.sizeof(Registers) // 8
+RAX, RSP, RIP, FS_BASE = (getattr(Registers, name).offset // 8 for name in ("rax", "rsp", "rip", "fs_base"))
+"""Places of registers among the words of ``Registers``."""
+PLAIN_EINTR_RESULT = _WORD - _EINTR
+"""rax of a thread whose system call answers EINTR."""
+
 # Calls that fail with a plain EINTR when they are disturbed without a handler, from signal(7), "Interruption
-# of system calls and library functions by stop signals", and the kernel source beside each. Each has done
-# nothing yet when it says so, so asking again loses nothing but time: a relative timeout starts anew.
-PLAIN_EINTR = frozenset(
+# of system calls and library functions by stop signals", the kernel source beside each, and a trial of each with
+# a stop by the tracer alone (fixtures/tracees/torture.c). Each has done nothing yet when it says so, so asking
+# again loses nothing but time: a relative timeout starts anew, since nothing tells how much of it is over.
+_NOTHING_DONE = frozenset(
     {
         # ep_poll, fs/eventpoll.c; no event has been taken.
         232,  # epoll_wait
         281,  # epoll_pwait
         441,  # epoll_pwait2
+        # poll_select_finish, fs/select.c: ERESTARTNOHAND, but EINTR where the time that is left cannot be written
+        # back, since the timeout is in read-only memory (or the personality has STICKY_TIMEOUTS).
+        23,  # select
+        270,  # pselect6
+        271,  # ppoll
         # do_sigtimedwait, kernel/signal.c; no signal has been taken. Also sigwaitinfo(3).
         128,  # rt_sigtimedwait
         # sock_intr_errno, include/net/sock.h: EINTR where SO_RCVTIMEO or SO_SNDTIMEO is set, and ERESTARTSYS
-        # where not; in both cases only when nothing was transferred. A restarted connect(2) waits on.
+        # where not; in both cases only when nothing was transferred. A restarted connect(2) waits on, and says
+        # EALREADY instead of EINPROGRESS when its time is over (__inet_stream_connect, net/ipv4/af_inet.c).
         0,  # read
         19,  # readv
+        327,  # preadv2
         45,  # recvfrom
         47,  # recvmsg
         299,  # recvmmsg
         43,  # accept
         288,  # accept4
-        1,  # write
-        20,  # writev
         44,  # sendto
         46,  # sendmsg
         307,  # sendmmsg
@@ -122,24 +135,52 @@ PLAIN_EINTR = frozenset(
         426,  # io_uring_enter
     }
 )
-"""Numbers of syscall_64.tbl."""
-# Not listed, though signal(7) names them as never restarted after a handler: poll, select, pause, sigsuspend,
-# msgrcv, msgsnd and nanosleep answer one of the numbers above, and close(2) must not be repeated.
+# The same for what is written to a socket. Other files may have done a part of what they were told when they say
+# EINTR (memory_reclaim, mm/memcontrol.c), so the program must hear it. Values: the registers with descriptors.
+_NOTHING_DONE_BY_SOCKETS = {
+    1: ("rdi",),  # write
+    20: ("rdi",),  # writev
+    328: ("rdi",),  # pwritev2
+    40: ("rdi",),  # sendfile: what it goes to; the position in the other file has not moved
+    275: ("rdi", "rdx"),  # splice: the other end is a pipe, which never says EINTR
+}
+PLAIN_EINTR = _NOTHING_DONE | _NOTHING_DONE_BY_SOCKETS.keys()
+"""Numbers of syscall_64.tbl of calls that a stop may end with EINTR."""
+# Not listed, though signal(7) names them as never restarted after a handler: poll, pause, sigsuspend, msgrcv, msgsnd
+# and nanosleep answer one of the numbers above, and close(2) must not be repeated.
+
+_IOCTL = 16
+# tty_ioctl and set_termios, drivers/tty: these wait until all is sent, and do what they were asked for only then.
+# TCSBRK does so, as tcdrain(3), with an argument other than 0. asm-generic/ioctls.h.
+_TCSBRK = 0x5409
+_TERMINAL_WAITS = frozenset({0x5403, 0x5407, 0x402C542C})  # TCSETSW, TCSETAW, TCSETSW2
+
+IsSocket = Callable[[int], bool]
+"""Whether a descriptor (a number) of the thread in question is a socket."""
 
 
-def without_spurious_eintr(registers: Registers) -> Registers | None:
+def without_spurious_eintr(registers: Registers, is_socket: IsSocket) -> Registers | None:
     """Return the registers that keep a stop from being seen as EINTR, or None where nothing need change.
 
     For PTRACE_EVENT_STOP without group-stop, and signal-delivery-stop: see the head of this file. In a
     group-stop the EINTR is the stop signal's (signal(7)), and the program would see it without us.
     """
-    if registers.rax != _WORD - _EINTR or registers.orig_rax not in PLAIN_EINTR:
+    if registers.rax != _WORD - _EINTR or registers.cs != USER_CODE_64:
         return None
-    if registers.cs != USER_CODE_64:
+    if not _has_done_nothing(registers, is_socket):
         return None
     fixed = registers.copy()
     fixed.rax = _WORD - _ERESTARTNOHAND
     return fixed
+
+
+def _has_done_nothing(registers: Registers, is_socket: IsSocket) -> bool:
+    number = registers.orig_rax
+    if number == _IOCTL:
+        command = registers.rsi & 0xFFFFFFFF  # the kernel takes an unsigned int
+        return command in _TERMINAL_WAITS or (command == _TCSBRK and registers.rdx != 0)
+    descriptors = (getattr(registers, name) & 0xFFFFFFFF for name in _NOTHING_DONE_BY_SOCKETS.get(number, ()))
+    return number in _NOTHING_DONE or any(is_socket(descriptor) for descriptor in descriptors)
 
 
 def restart(registers: Registers) -> Registers:

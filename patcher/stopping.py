@@ -26,7 +26,7 @@ from . import ptrace, tracees
 from .interruption import deferred, heed
 from .proc import status, thread_ids
 from .quiet import Undisturbed
-from .registers_x86_64 import Registers, without_spurious_eintr
+from .registers_x86_64 import Registers
 from .tracees import GONE, Stop, StopKind
 
 DEFAULT_TIMEOUT = 1.0
@@ -216,7 +216,7 @@ class SeizedProcess:
             stop = self._stops[tid]
             try:
                 ptrace.read_registers_into(tid, registers)
-                _repair(tid, registers, stop)
+                tracees.repair(tid, registers, stop)
             except ptrace.PtraceFailed as error:
                 if not error.gone:
                     raise
@@ -283,16 +283,6 @@ def _interrupt(tids: Iterable[int]) -> None:
         except ptrace.PtraceFailed as error:
             if not error.gone:
                 raise  # a thread that is gone is reported by waitpid
-
-
-def _repair(tid: int, registers: Registers, stop: Stop) -> None:
-    if stop.kind not in (StopKind.INTERRUPTED, StopKind.SIGNAL):
-        return
-    fixed = without_spurious_eintr(registers)
-    if fixed is not None:
-        # At once and not on detach: if this process is killed from here on, the program sees no EINTR.
-        ptrace.write_registers(tid, fixed)
-        registers.rax = fixed.rax
 
 
 def _where(pid: int, tid: int) -> str:

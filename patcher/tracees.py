@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
 import threading
 import time
@@ -21,8 +22,9 @@ from ptrace.ctypes_libc import libc
 from elfdiff.errors import BadInput, LivegraftError, NotPermitted, Refused
 
 from . import ptrace, seam
-from .proc import ProcessStatus, status
+from .proc import ProcessStatus, is_socket, status
 from .quiet import ticking
+from .registers_x86_64 import Registers, without_spurious_eintr
 
 _WALL = 0x40000000  # __WALL, wait(2): also children that are threads
 _EVENT_STOP = 128  # PTRACE_EVENT_STOP, include/uapi/linux/ptrace.h
@@ -174,6 +176,20 @@ def release_abandoned() -> int:
         if stop.kind is not StopKind.GONE:
             detach(tid, stop)
     return len(_abandoned)
+
+
+def repair(tid: int, registers: Registers, stop: Stop) -> None:
+    """Keep a stop from being seen as EINTR: write the registers that do, in the thread and in ``registers``.
+
+    At once and not on detach: if this process is killed from then on, the program sees no EINTR.
+    Raises PtraceFailed.
+    """
+    if stop.kind not in (StopKind.INTERRUPTED, StopKind.SIGNAL):
+        return
+    fixed = without_spurious_eintr(registers, functools.partial(is_socket, tid))
+    if fixed is not None:
+        ptrace.write_registers(tid, fixed)
+        registers.rax = fixed.rax
 
 
 def detach(tid: int, stop: Stop) -> bool:

@@ -10,13 +10,20 @@ from ptrace.binding.linux_struct import user_regs_struct
 from patcher.registers_x86_64 import NO_SYSCALL, Registers, restart, without_spurious_eintr
 
 READ, EPOLL_WAIT, CLOSE, POLL, OPENAT = 0, 232, 3, 7, 257
+WRITE, IOCTL, SENDFILE, SPLICE = 1, 16, 40, 275
+TCSBRK, TCSETSW, TCFLSH = 0x5409, 0x5403, 0x540B
 AFTER_SYSCALL = 0x401002
 
 
-def stopped(number: int, result: int, cs: int = 0x33) -> Registers:
-    registers = Registers(rip=AFTER_SYSCALL, orig_rax=number & NO_SYSCALL, cs=cs, rbx=7)
+def stopped(number: int, result: int, cs: int = 0x33, **arguments: int) -> Registers:
+    registers = Registers(rip=AFTER_SYSCALL, orig_rax=number & NO_SYSCALL, cs=cs, rbx=7, **arguments)
     registers.rax = result & NO_SYSCALL
     return registers
+
+
+def no_socket(descriptor: int) -> bool:
+    del descriptor
+    return False
 
 
 def test_the_structure_is_the_kernels() -> None:
@@ -58,7 +65,7 @@ def test_outside_of_a_call_such_a_value_is_just_a_value(value: int) -> None:
 
 
 def test_eintr_of_a_call_that_is_never_restarted_becomes_the_kernels_decision() -> None:
-    fixed = without_spurious_eintr(stopped(EPOLL_WAIT, -4))
+    fixed = without_spurious_eintr(stopped(EPOLL_WAIT, -4), no_socket)
     assert fixed is not None
     # orig_rax and rip stay: the kernel restarts the call, or says EINTR where a handler runs.
     assert (fixed.result, fixed.orig_rax, fixed.rip) == (-514, EPOLL_WAIT, AFTER_SYSCALL)
@@ -74,11 +81,37 @@ def test_eintr_of_a_call_that_is_never_restarted_becomes_the_kernels_decision() 
         stopped(EPOLL_WAIT, 4),
         stopped(EPOLL_WAIT, -512),  # the kernel restarts it by itself
         stopped(-1, -4),
+        stopped(WRITE, -4, rdi=5),  # it may have done a part: a control file of the kernel, say
+        stopped(SENDFILE, -4, rdi=5, rsi=6),
+        stopped(IOCTL, -4, rsi=TCFLSH),
+        stopped(IOCTL, -4, rsi=TCSBRK, rdx=0),  # a break that has begun
         stopped(EPOLL_WAIT, -4, cs=0x23),  # another numbering in 32-bit mode
     ],
 )
 def test_nothing_else_is_touched(registers: Registers) -> None:
-    assert without_spurious_eintr(registers) is None
+    assert without_spurious_eintr(registers, no_socket) is None
+
+
+@pytest.mark.parametrize(
+    "registers",
+    [
+        stopped(WRITE, -4, rdi=0xFFFFFFFF00000005),  # the kernel looks at 32 bits
+        stopped(SENDFILE, -4, rdi=5, rsi=6),
+        stopped(SPLICE, -4, rdi=6, rdx=5),
+    ],
+)
+def test_what_is_written_to_a_socket_is_written_again(registers: Registers) -> None:
+    fixed = without_spurious_eintr(registers, {5}.__contains__)
+    assert fixed is not None
+    assert fixed.result == -514
+    assert without_spurious_eintr(registers, {7}.__contains__) is None
+
+
+@pytest.mark.parametrize("registers", [stopped(IOCTL, -4, rsi=TCSBRK, rdx=1), stopped(IOCTL, -4, rsi=TCSETSW)])
+def test_waiting_for_a_terminal_goes_on(registers: Registers) -> None:
+    fixed = without_spurious_eintr(registers, no_socket)
+    assert fixed is not None
+    assert fixed.result == -514
 
 
 @given(st.integers(-1, 500), st.integers(-600, 600))
