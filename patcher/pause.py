@@ -204,7 +204,7 @@ def _busy(
         f"{names} stayed live in process {seen.pid} ({seen.name})",
         why=f"thread {first.tid} {'is' if first.certain else 'may be'} in {first.name}; looked {tries} times "
         f"in {timeout:g} s{how}",
-        next_step=f"livegraft blocking PATCH --pid {seen.pid} shows for how long and how often (--revert: for a revert); "
+        next_step=f"see for how long and how often: livegraft blocking PATCH --pid {seen.pid} (of a revert: --revert); "
         "try again when the program does something else, or with a longer --timeout",
         details=tuple(details),
     )
