@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from elfdiff.patchfile import write_patch
 from fixtures.intact import altered_code
 from patcher import liveness
 from patcher.cli import main
+from patcher.proc import thread_ids
 from patcher.transaction import apply, check, watch_apply, watch_revert
 from tests.live.answering import Answering, Versions, versions
 
@@ -33,10 +33,10 @@ def running(built: Versions) -> Iterator[Answering]:
 
 def held(program: Answering) -> int:
     """Let a thread enter the function and stay there; the thread."""
-    before = set(os.listdir(f"/proc/{program.pid}/task"))
+    before = set(thread_ids(program.pid))
     program.ask("hold")
-    (tid,) = set(os.listdir(f"/proc/{program.pid}/task")) - before
-    return int(tid)
+    (tid,) = set(thread_ids(program.pid)) - before
+    return tid
 
 
 def test_a_thread_that_stays_is_seen_in_every_look_and_nothing_is_changed(running: Answering, built: Versions) -> None:
