@@ -52,12 +52,12 @@ lint: $(VENV)/.development ## check style and types
 	@$(RUN) -m mypy -p bench
 
 clean: ## remove what was set up, built and fetched
-	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info patcher/_batch.*.so
 
-$(VENV)/.runtime: pyproject.toml .ci/venv
+$(VENV)/.runtime: pyproject.toml setup.py patcher/batch.c .ci/venv
 	@PYTHON='$(PYTHON)' bash .ci/venv $(VENV) .
 	@touch $@
 
-$(VENV)/.development: pyproject.toml .ci/venv
+$(VENV)/.development: pyproject.toml setup.py patcher/batch.c .ci/venv
 	@PYTHON='$(PYTHON)' bash .ci/venv $(VENV) '.[dev]'
 	@touch $(VENV)/.runtime $@

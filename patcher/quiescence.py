@@ -30,7 +30,7 @@ from .unwind import Stack, StackEnd, Unwinder
 from .unwindtables import UnwindTable, unwind_tables
 
 if TYPE_CHECKING:
-    from .stopping import StoppedThread
+    from .stopped import StoppedThread
 
 MAX_STACK = 8 << 20
 """Bytes of one stack that are scanned; a thread with more is unwound instead."""

@@ -13,20 +13,21 @@ known thread is stopped and no unknown one exists, nobody is left to create one.
 from __future__ import annotations
 
 import ctypes
+import os
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from elfdiff.errors import BadInput, Busy, LivegraftError
 
-from . import ptrace, tracees
+from . import batch, ptrace, tracees
 from .interruption import deferred, heed
 from .proc import status, thread_ids
 from .quiet import Undisturbed
-from .registers_x86_64 import Registers
+from .registers_x86_64 import PLAIN_EINTR_RESULT, RAX, Registers
+from .stopped import StoppedThread, StoppedThreads
 from .tracees import GONE, Stop, StopKind
 
 DEFAULT_TIMEOUT = 1.0
@@ -41,20 +42,6 @@ _OPTIONS = ptrace.Option.TRACEEXEC
 # of threads that each start the next one can run away. Not for the others: between seizing and stopping a new
 # thread would stand still, and nobody would look.
 _LATE_OPTIONS = _OPTIONS | ptrace.Option.TRACECLONE
-
-
-@dataclass(frozen=True, slots=True)
-class StoppedThread:
-    """One stopped thread. ``registers`` are valid until the process is resumed.
-
-    ``signal`` is the signal that it was about to receive, delivered on detach, or 0. A thread
-    ``in_group_stop`` was stopped by SIGSTOP or its like and stays stopped afterwards.
-    """
-
-    tid: int
-    registers: Registers
-    signal: int
-    in_group_stop: bool
 
 
 def seize(pid: int) -> SeizedProcess:
@@ -94,7 +81,7 @@ class SeizedProcess:
         self._running: set[int] = set()  # seized, not known to have stopped
         self._stops: dict[int, Stop] = {}
         self._dead: set[int] = set()
-        self._threads: tuple[StoppedThread, ...] = ()
+        self._threads: Sequence[StoppedThread] = ()
         self._began = 0
         self._quiet: Undisturbed | None = None
         self._deferral = ExitStack()
@@ -115,7 +102,7 @@ class SeizedProcess:
         return tuple(sorted(self._running | self._stops.keys()))
 
     @property
-    def threads(self) -> tuple[StoppedThread, ...]:
+    def threads(self) -> Sequence[StoppedThread]:
         """The stopped threads, by rising id; empty unless stopped."""
         return self._threads
 
@@ -146,7 +133,8 @@ class SeizedProcess:
             if self._running:
                 raise self._did_not_stop(timeout)
             self._require_same_program()
-            self._seize_new(_LATE_OPTIONS)
+            if not self._all_are_stopped():
+                self._seize_new(_LATE_OPTIONS)
             if not self._running:
                 break
             _interrupt(self._running)
@@ -156,6 +144,17 @@ class SeizedProcess:
                 why="it exited while it was being stopped",
                 next_step="give the pid of a running process",
             )
+
+    def _all_are_stopped(self) -> bool:
+        """Whether there are no threads but those that have stopped.
+
+        Each thread counts as a link of the folder (proc_task_getattr, fs/proc/base.c); those that have exited
+        and were not reaped, too, so that the true answer may be missed but a wrong one is not given.
+        """
+        try:
+            return os.stat(f"/proc/{self.pid}/task").st_nlink - 2 == len(self._stops)  # noqa: PTH116
+        except OSError:
+            return False  # the list of threads will say why
 
     def _collect(self, stops: dict[int, Stop]) -> None:
         for tid, stop in stops.items():
@@ -207,23 +206,42 @@ class SeizedProcess:
                 alive = tracees.try_seize(self.pid, tid, options)
                 (self._running if alive else self._dead).add(tid)
 
-    def _read_threads(self, buffer: ctypes.Array[Registers]) -> tuple[StoppedThread, ...]:
+    def _read_threads(self, buffer: ctypes.Array[Registers]) -> StoppedThreads:
         tids = sorted(self._stops)
         if len(tids) > len(buffer):
             buffer = (Registers * len(tids))()
-        threads = []
-        for tid, registers in zip(tids, buffer, strict=False):
-            stop = self._stops[tid]
+        library = batch.active()
+        if library is not None and not library.registers(tids, ctypes.addressof(buffer)):
+            found = StoppedThreads(tids, buffer, self._stops)
+            if self._repair_all(found):
+                return found
+        return self._read_each(tids, buffer)
+
+    def _repair_all(self, found: StoppedThreads) -> bool:
+        """``repair`` every thread; false if one has been killed meanwhile."""
+        disturbed = found.words[:, RAX] == PLAIN_EINTR_RESULT
+        for index in disturbed.nonzero()[0].tolist() if disturbed.any() else ():
+            try:
+                tracees.repair(found.tids[index], found.registers[index], self._stops[found.tids[index]])
+            except ptrace.PtraceFailed as error:
+                if not error.gone:
+                    raise
+                return False
+        return True
+
+    def _read_each(self, tids: Sequence[int], buffer: ctypes.Array[Registers]) -> StoppedThreads:
+        found: list[int] = []
+        for tid in tids:
+            registers = buffer[len(found)]
             try:
                 ptrace.read_registers_into(tid, registers)
-                tracees.repair(tid, registers, stop)
+                tracees.repair(tid, registers, self._stops[tid])
             except ptrace.PtraceFailed as error:
                 if not error.gone:
                     raise
                 continue  # killed in its stop; detaching it notices that, too
-            signal = stop.signal if stop.kind is StopKind.SIGNAL else 0
-            threads.append(StoppedThread(tid, registers, signal, stop.kind is StopKind.GROUP))
-        return tuple(threads)
+            found.append(tid)
+        return StoppedThreads(found, buffer, self._stops)
 
     def resume_and_detach(self) -> None:
         """Let every thread go with its signals, and stop tracing. Does nothing the second time.
@@ -250,11 +268,7 @@ class SeizedProcess:
             raise failures[0]
 
     def _detach_stopped(self, failures: list[LivegraftError]) -> None:
-        for tid, stop in self._stops.items():
-            try:
-                tracees.detach(tid, stop)
-            except LivegraftError as error:
-                failures.append(error)
+        failures += tracees.detach_all(self._stops)
         self._stops.clear()
 
     def _stop_running(self, failures: list[LivegraftError]) -> None:
@@ -276,7 +290,14 @@ class SeizedProcess:
             failures.append(error)
 
 
-def _interrupt(tids: Iterable[int]) -> None:
+def _interrupt(tids: Collection[int]) -> None:
+    library = batch.active()
+    if library is not None:
+        for tid, number in library.interrupt(list(tids)):
+            error = ptrace.PtraceFailed(ptrace.Request.INTERRUPT, tid, number)
+            if not error.gone:
+                raise error
+        return
     for tid in tids:
         try:
             ptrace.interrupt(tid)

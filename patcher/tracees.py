@@ -13,7 +13,7 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -21,7 +21,7 @@ from ptrace.ctypes_libc import libc
 
 from elfdiff.errors import BadInput, LivegraftError, NotPermitted, Refused
 
-from . import ptrace, seam
+from . import batch, ptrace, seam
 from .proc import ProcessStatus, is_socket, status
 from .quiet import ticking
 from .registers_x86_64 import Registers, without_spurious_eintr
@@ -32,6 +32,8 @@ EVENT_CLONE = 3
 EVENT_EXEC = 4
 _SIGTRAP = 5
 _SYSCALL_STOP = _SIGTRAP | 0x80  # with PTRACE_O_TRACESYSGOOD
+_PLAIN_STOP = _EVENT_STOP << 16 | _SIGTRAP << 8 | 0x7F  # what nearly every tracee reports
+_NO_TRACEE = -1
 
 _NAP = 50e-6
 _PATIENCE = 5e-3  # seconds until it is asked whether something is in the way
@@ -69,7 +71,9 @@ INTERRUPTED = Stop(StopKind.INTERRUPTED)
 
 def decode(wait_status: int) -> Stop:
     """Return what a status of waitpid(2) says about a seized thread (ptrace(2), "Stopped states")."""
-    if not os.WIFSTOPPED(wait_status):
+    if wait_status == _PLAIN_STOP:
+        return INTERRUPTED
+    if wait_status == _NO_TRACEE or not os.WIFSTOPPED(wait_status):
         return GONE
     number = os.WSTOPSIG(wait_status)
     event = wait_status >> 16
@@ -103,6 +107,8 @@ def wait_for(tids: Iterable[int], deadline: float) -> dict[int, Stop]:
     pending = list(tids)
     patience = time.monotonic() + _PATIENCE
     with ticking(_PATIENCE) as interruptible:
+        if interruptible:
+            pending = _wait_in_order(pending, stops)
         while True:
             now = time.monotonic()
             pending = _collect(pending, stops, thorough=now >= min(patience, deadline))
@@ -114,6 +120,16 @@ def wait_for(tids: Iterable[int], deadline: float) -> dict[int, Stop]:
                     stops[pending.pop(0)] = stop
             else:
                 time.sleep(_NAP)
+
+
+def _wait_in_order(pending: list[int], stops: dict[int, Stop]) -> list[int]:
+    """Take the reports of threads by a call of C, up to the first tick; return the others."""
+    library = batch.active()
+    if library is None:
+        return pending
+    statuses = library.wait(pending)
+    stops.update(zip(pending, map(decode, statuses), strict=False))
+    return pending[len(statuses) :]
 
 
 def _wait_or_tick(tid: int) -> Stop | None:
@@ -204,6 +220,27 @@ def detach(tid: int, stop: Stop) -> bool:
             _abandoned.add(tid)
         return False
     return True
+
+
+def detach_all(stops: Mapping[int, Stop]) -> list[LivegraftError]:
+    """``detach`` every one of these threads; return the errors, after all have been tried."""
+    library = batch.active()
+    if library is None:
+        return _detach_each(stops)
+    signals = [stop.signal if stop.kind is StopKind.SIGNAL else 0 for stop in stops.values()]
+    failed = [tid for tid, _ in library.detach(list(stops), signals)]
+    # Once more, one by one: a thread that is gone has to be reaped, and nothing else is expected.
+    return _detach_each({tid: stops[tid] for tid in failed})
+
+
+def _detach_each(stops: Mapping[int, Stop]) -> list[LivegraftError]:
+    failures: list[LivegraftError] = []
+    for tid, stop in stops.items():
+        try:
+            detach(tid, stop)
+        except LivegraftError as error:
+            failures.append(error)
+    return failures
 
 
 def try_seize(pid: int, tid: int, options: ptrace.Option) -> bool:

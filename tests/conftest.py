@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from fixtures.build import DEFAULT, Variant, build_kv
+from patcher import batch
 
 ROOT = Path(__file__).parent.parent
 COMMAND_SECONDS = 300
@@ -56,6 +57,16 @@ def kv(cache_folder: Path) -> Callable[..., Path]:
         return build_kv(version, variant, cache_folder / "build")
 
     return executable
+
+
+@pytest.fixture(params=["C", "Python"])
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The test runs twice: with the C library (``patcher.batch``), and without."""
+    if request.param == "Python":
+        monkeypatch.setenv("LIVEGRAFT_PURE", "1")
+    elif batch.active() is None:
+        pytest.skip(f"the pause is made in {batch.description()}")
+    return str(request.param)
 
 
 @dataclass(frozen=True)

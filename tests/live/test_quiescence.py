@@ -14,7 +14,8 @@ from patcher.proc import mappings
 from patcher.quiescence import ANY_FUNCTION, LiveFrame, Quiescence, StackCheck
 from patcher.registers_x86_64 import Registers
 from patcher.stackmemory import StackMemory
-from patcher.stopping import StoppedThread, seize
+from patcher.stopped import StoppedThread
+from patcher.stopping import seize
 from patcher.unwind import Unwinder
 from patcher.unwindtables import unwind_tables
 

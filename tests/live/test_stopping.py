@@ -59,6 +59,7 @@ def pause(pid: int) -> None:
         process.stop()
 
 
+@pytest.mark.usefixtures("either")
 def test_nobody_notices_being_stopped(torture: Torture) -> None:
     random.seed(1)
     for _ in range(200):
@@ -136,6 +137,7 @@ def test_a_signal_in_the_pause_still_interrupts_the_call(build: Build, call: str
     assert output == f"handled=1 errno={errno.EINTR}\n"
 
 
+@pytest.mark.usefixtures("either")
 def test_an_ignored_signal_in_the_pause_interrupts_nothing(build: Build) -> None:
     """Only a tracer makes such a signal wake the thread at all."""
     with running([build("wakeup"), "epoll_wait"]) as target:
@@ -150,6 +152,7 @@ def test_an_ignored_signal_in_the_pause_interrupts_nothing(build: Build) -> None
     assert output == f"handled=1 errno={errno.EINTR}\n"
 
 
+@pytest.mark.usefixtures("either")
 def test_no_queued_signal_is_lost(build: Build, tmp_path: Path) -> None:
     path = tmp_path / "counts"
     with running([build("signals"), path]) as target, flood_of_signals(target.pid) as end_flood:
@@ -164,6 +167,7 @@ def test_no_queued_signal_is_lost(build: Build, tmp_path: Path) -> None:
         assert handled_signals(path) == sent > 0
 
 
+@pytest.mark.usefixtures("either")
 def test_a_stopped_process_stays_stopped_until_it_is_continued(build: Build) -> None:
     with running([build("wakeup"), "nanosleep"]) as target:
         os.kill(target.pid, signal.SIGSTOP)
@@ -177,6 +181,7 @@ def test_a_stopped_process_stays_stopped_until_it_is_continued(build: Build) -> 
         wait_until(lambda: state_of(target.pid) == "S", "the target to go on")
 
 
+@pytest.mark.usefixtures("either")
 def test_a_stop_signal_in_the_pause_acts_after_it(build: Build) -> None:
     with running([build("wakeup"), "nanosleep"]) as target:
         with seize(target.pid) as process:
@@ -185,6 +190,7 @@ def test_a_stop_signal_in_the_pause_acts_after_it(build: Build) -> None:
         wait_until(lambda: state_of(target.pid) == "T", "the target to stop")
 
 
+@pytest.mark.usefixtures("either")
 def test_threads_that_come_and_go_are_all_stopped(build: Build) -> None:
     with running([build("churn")]) as target:
         for _ in range(100):
@@ -199,6 +205,7 @@ def test_threads_that_come_and_go_are_all_stopped(build: Build) -> None:
         assert target.poll() is None
 
 
+@pytest.mark.usefixtures("either")
 def test_a_process_whose_main_thread_has_ended(build: Build) -> None:
     with running([build("states"), "headless"]) as target:
         assert state_of(target.pid) == "Z"
@@ -209,6 +216,7 @@ def test_a_process_whose_main_thread_has_ended(build: Build) -> None:
         assert status(thread_ids(target.pid)[1]).tracer_pid == 0
 
 
+@pytest.mark.usefixtures("either")
 def test_an_execve_before_the_stop_is_noticed(build: Build) -> None:
     with running([build("states"), "exec"]) as target:
         other = thread_ids(target.pid)[1]
@@ -225,6 +233,7 @@ def test_an_execve_before_the_stop_is_noticed(build: Build) -> None:
         assert status(target.pid).tracer_pid == 0
 
 
+@pytest.mark.usefixtures("either")
 def test_a_thread_that_cannot_stop_makes_us_busy_and_delays_nobody(build: Build) -> None:
     with running([build("states"), "vfork"]) as target:
         wait_until(lambda: state_of(target.pid) == "D", "the parent to wait in vfork")
@@ -243,6 +252,7 @@ def test_a_thread_that_cannot_stop_makes_us_busy_and_delays_nobody(build: Build)
         assert target.stdout.readline() == "over\n"
 
 
+@pytest.mark.usefixtures("either")
 def test_a_process_killed_in_the_pause_is_no_error(build: Build) -> None:
     with running([build("wakeup"), "nanosleep"]) as target:
         with seize(target.pid) as process:
