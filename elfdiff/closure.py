@@ -21,11 +21,11 @@ def joined(comparison: Comparison, seeds: NDArray[np.int64]) -> dict[int, int]:
     A seed hangs together with itself. The order is that of finding.
     """
     neighbours: dict[int, set[int]] = {}
-    for a, b in _edges(comparison.new, comparison.tables[1]):
+    for a, b in edges(comparison.new, comparison.tables[1]):
         neighbours.setdefault(a, set()).add(b)
         neighbours.setdefault(b, set()).add(a)
     new_of = comparison.matching.new_of
-    for i, k in _edges(comparison.old, comparison.tables[0]):
+    for i, k in edges(comparison.old, comparison.tables[0]):
         a, b = int(new_of[i]), int(new_of[k])
         if a >= 0 and b >= 0:
             neighbours.setdefault(a, set()).add(b)
@@ -46,7 +46,7 @@ def closure(comparison: Comparison, seeds: NDArray[np.int64]) -> NDArray[np.int6
     return np.array(sorted(joined(comparison, seeds)), np.int64)
 
 
-def _edges(code: Code, tables: dict[int, JumpTable]) -> set[tuple[int, int]]:
+def edges(code: Code, tables: dict[int, JumpTable]) -> set[tuple[int, int]]:
     """Pairs of functions one of which branches into the middle of the other."""
     references = code.references
     transfer = np.isin(references.kind, TRANSFERS) | (references.kind == FieldKind.MEMORY)

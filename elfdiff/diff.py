@@ -25,6 +25,7 @@ from elfdiff.imagefile import load_image
 from elfdiff.patchbuild import Draft, build, build_of, draft
 from elfdiff.patchobject import Build, Finding, PatchObject, Reason, Severity
 from elfdiff.reasons import collect, old_code
+from elfdiff.sidebyside import old_codes
 
 MIN_MATCHED = 0.4
 """Share of the larger build's code that must be matched; below it these are two different programs.
@@ -68,7 +69,8 @@ class Analysis:
         with _no_collector():
             patch = build(self.draft, self.findings)
             evidence = pack(collect(self.draft, self.joined))
-            return replace(patch, evidence=evidence, old_code=old_code(self.draft) if evidence else b"")
+            patch = replace(patch, evidence=evidence, old_code=old_code(self.draft) if evidence else b"")
+            return replace(patch, old_codes=old_codes(self.draft, self.findings))
 
 
 def diff(old_path: Path, new_path: Path, options: Options) -> PatchObject:

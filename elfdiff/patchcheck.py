@@ -107,6 +107,9 @@ def require_sound(patch: PatchObject) -> None:
         _require(patch.old.low <= start and start + size <= patch.old.high, f"{name} lies outside the old build")
     for checked in patch.checked:
         _require(len(bytes.fromhex(checked.digest)) == _DIGEST_SIZE, f"the digest of {checked.name}")
+    own = {f.old_start for f in patch.functions} | {f.start for f in patch.removed}
+    for item in patch.old_codes:
+        _require(bool(item.parts) and own.issuperset(item.parts), f"the parts of {item.name} are not the patch's")
     header = patch.eh_frame_hdr
     _require(header is None or _inside(header, 4, patch.segments), "its unwind table lies outside the patch")
     _require_relocations(patch)

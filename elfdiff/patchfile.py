@@ -40,6 +40,7 @@ from elfdiff.patchobject import (
     Finding,
     Import,
     LineOnly,
+    OldCode,
     PatchFunction,
     PatchObject,
     RemovedFunction,
@@ -243,6 +244,7 @@ def _metadata(patch: PatchObject) -> bytes:
             "eh_frame_hdr": patch.eh_frame_hdr,
             "needed": patch.needed,
             "exceptions": patch.exceptions,
+            "old_codes": [vars(c) for c in patch.old_codes],
         },
         separators=(",", ":"),
     ).encode()
@@ -365,6 +367,7 @@ def _decode(raw: bytes, meta: dict[str, Any], sections: dict[str, tuple[int, int
         evidence=_optional(raw, sections, EVIDENCE_SECTION),
         old_code=_optional(raw, sections, OLD_CODE_SECTION),
         exceptions=bool(meta["exceptions"]),
+        old_codes=decoded_all(OldCode, meta["old_codes"]),
     )
 
 

@@ -15,7 +15,7 @@ from enum import IntEnum, StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raised whenever a reader of the old format would misunderstand the new one."""
 
 
@@ -157,6 +157,19 @@ class RemovedFunction:
 
 
 @dataclass(frozen=True)
+class OldCode:
+    """Whether a thread may finish the old code of a function beside the new code of all others (``sidebyside``).
+
+    ``parts`` are old start addresses: its own, then those of functions that share branches with it. ``why_not`` is for
+    people; empty: it may.
+    """
+
+    name: str
+    parts: tuple[int, ...]
+    why_not: str
+
+
+@dataclass(frozen=True)
 class LineOnly:
     """A function left out because it differs in line numbers alone (D5)."""
 
@@ -193,6 +206,8 @@ class PatchObject:
     old_code: bytes = field(default=b"", repr=False)
     exceptions: bool = False
     """Whether exceptions may pass through its functions, so that the process must find its unwind tables."""
+    old_codes: tuple[OldCode, ...] = ()
+    """Of the functions that have an old code and of the removed ones."""
 
     @property
     def low(self) -> int:
