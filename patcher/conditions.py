@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+DEEP_LIMIT = 256 << 20
+"""Bytes of memory that are searched at most while a process stands still, unless somebody says otherwise."""
+
 
 @dataclass(frozen=True, slots=True)
 class Conditions:
-    """``timeout``: seconds, for all tries together, until the functions that change must have been idle once."""
+    """``timeout``: seconds, for all tries together, until the functions that change must have been idle once.
+
+    ``deep_check``: whether all writable memory is searched for stacks that no thread runs on, at most ``deep_limit``
+    bytes of it; None does it where the process has an image that may switch stacks.
+    """
 
     timeout: float = 10.0
+    deep_check: bool | None = None
+    deep_limit: int = DEEP_LIMIT

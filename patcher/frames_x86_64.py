@@ -19,6 +19,9 @@ DWARF_REGISTERS: Final = (
 CALL_CLOBBERED: Final = frozenset({0, 1, 2, 4, 5, 8, 9, 10, 11})
 """DWARF numbers of what a called function may overwrite without saving (psABI x86-64 1.0, figure 3.4)."""
 
+RED_ZONE: Final = 128
+"""Bytes below the stack pointer that stay as they are, whatever interrupts (psABI x86-64 1.0, 3.2.2)."""
+
 # What a signal handler returns to (SA_RESTORER): mov $15, %rax or %eax; syscall, which is rt_sigreturn(2).
 RESTORER_BEGINNINGS: Final = (b"\x48\xc7\xc0", b"\xb8")
 RESTORER_END: Final = b"\x0f\x00\x00\x00\x0f\x05"
@@ -34,6 +37,9 @@ _KNOWN_UC_FLAGS = 7  # include/uapi/asm/ucontext.h
 
 SIGFRAME_SIZE: Final = _SIGFRAME.size
 """Bytes of a signal frame that ``interrupted_stack`` looks at, from the word with the restorer's address."""
+
+SIGFRAME_RIP: Final = 176
+"""Offset in a signal frame of the interrupted program counter."""
 
 
 def dwarf_registers(registers: Registers) -> dict[int, int]:

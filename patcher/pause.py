@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from elfdiff.errors import Busy, Changed, LivegraftError, TargetDamaged
 
 from . import ptrace
 from .conditions import Conditions
+from .deepcheck import DeepCheck
 from .forbidden import ForbiddenRange
 from .memory import Memory
 from .modules import Module, module_of
@@ -22,6 +24,7 @@ from .quiescence import LiveFrame, StackCheck
 from .record import STATE_OFFSET
 from .returns import Waiting, Waits
 from .stopping import SeizedProcess, seize
+from .switching_x86_64 import stack_switchers
 from .target import Snapshot
 from .unwindtables import UnwindTable
 
@@ -30,6 +33,7 @@ OnStep = Callable[[str], None]
 
 _MAX_STACK_LINES = 16
 _MAX_FRAMES_SHOWN = 8
+_MOST_LOOKS = 4  # at words that have not changed, before all threads are stopped again: what they mean may have
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,7 @@ class Pause:
     PTRACE_DETACH.
 
     ``tries`` counts the stops, the last one included; ``realtime`` says whether it ran under SCHED_FIFO, ``waits``
-    how the time between the stops was spent.
+    how the time between the stops was spent. ``searched`` are the bytes of memory that the deep check has looked at.
     """
 
     pause_ns: int
@@ -47,6 +51,7 @@ class Pause:
     unwound: int
     realtime: bool
     waits: Waits
+    searched: int = 0
 
 
 def carry_out(
@@ -60,7 +65,8 @@ def carry_out(
     """
     tries = 0
     waiting = Waiting(time.monotonic() + conditions.timeout)
-    with stack_check(plan, seen, memory) as check:
+    deep = deep_check(plan, seen, memory, conditions)
+    with deep or nullcontext(), stack_check(plan, seen, memory, deep) as check:
         while True:
             tries += 1
             live: tuple[LiveFrame, ...] = ()
@@ -79,11 +85,35 @@ def carry_out(
             check.refresh()
             if not waiting.wait(live, stopped):
                 raise busy
+            for _ in range(_MOST_LOOKS):
+                if not check.parked():
+                    break
+                if not waiting.wait(live, 0.0):
+                    raise busy
 
 
-def stack_check(plan: Plan, seen: Snapshot, memory: Memory) -> StackCheck:
+def stack_check(plan: Plan, seen: Snapshot, memory: Memory, deep: DeepCheck | None = None) -> StackCheck:
     """Return the check that a pause for ``plan`` makes. Raises as ``StackCheck``."""
-    return StackCheck(memory, plan.forbidden, patch_tables(seen))
+    return StackCheck(memory, plan.forbidden, patch_tables(seen), deep=deep)
+
+
+def deep_check(plan: Plan, seen: Snapshot, memory: Memory, conditions: Conditions) -> DeepCheck | None:
+    """Return the search for parked stacks that a pause for ``plan`` makes, None where none is to be made.
+
+    Raises Refused where the process has more memory than may be searched, LivegraftError, NotPermitted.
+    """
+    wanted = conditions.deep_check
+    if wanted is None:
+        wanted = bool(stack_switchers(seen.modules, memory))
+    if not wanted:
+        return None
+    check = DeepCheck(memory, plan.forbidden, conditions.deep_limit)
+    try:
+        check.require_limit()
+    except BaseException:
+        check.close()
+        raise
+    return check
 
 
 class _NotQuiescent(Exception):
@@ -105,7 +135,7 @@ def _one_stop(plan: Plan, check: StackCheck, memory: Memory, on_step: OnStep | N
         if on_step is not None:
             _write(plan, process, memory, on_step)
         process.resume_and_detach()
-        return Pause(process.pause_ns, 1, len(threads), result.unwound, process.realtime, Waits())
+        return Pause(process.pause_ns, 1, len(threads), result.unwound, process.realtime, Waits(), result.searched)
 
 
 def _require_unchanged(plan: Plan, memory: Memory) -> None:
@@ -193,7 +223,7 @@ def _busy(
     details = []
     for frame in live[:_MAX_FRAMES_SHOWN]:
         sure = "is in" if frame.certain else "may be in"
-        details.append(f"thread {frame.tid} {sure} {frame.name}: {frame.why}")
+        details.append(f"{_who(frame)} {sure} {frame.name}: {frame.why}")
         details += [
             f"    #{depth} {pc:#x} {describe(pc, depth, seen.modules, forbidden)}"
             for depth, pc in enumerate(frame.stack[:_MAX_STACK_LINES])
@@ -202,12 +232,16 @@ def _busy(
         details.append(f"and {len(live) - _MAX_FRAMES_SHOWN} more")
     return Busy(
         f"{names} stayed live in process {seen.pid} ({seen.name})",
-        why=f"thread {first.tid} {'is' if first.certain else 'may be'} in {first.name}; looked {tries} times "
+        why=f"{_who(first)} {'is' if first.certain else 'may be'} in {first.name}; looked {tries} times "
         f"in {timeout:g} s{how}",
         next_step=f"see for how long and how often: livegraft blocking PATCH --pid {seen.pid} (of a revert: --revert); "
         "try again when the program does something else, or with a longer --timeout",
         details=tuple(details),
     )
+
+
+def _who(frame: LiveFrame) -> str:
+    return f"thread {frame.tid}" if frame.tid else "a stack that no thread runs on"
 
 
 def describe(pc: int, depth: int, loaded: Sequence[Module], forbidden: Sequence[ForbiddenRange]) -> str:

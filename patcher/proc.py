@@ -8,19 +8,24 @@ from __future__ import annotations
 import bisect
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from elfdiff.errors import BadInput, LivegraftError, NotPermitted
 
 _PF_KTHREAD = 0x00200000  # include/linux/sched.h; field 9 of /proc/PID/stat
 _STAT_FLAGS = 9
 _STAT_START_TIME = 22
+_STAT_START_STACK = 28
 _STAT_START_BRK = 47
 
 _MAPS_LINE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ([-rwxsp]{4}) ([0-9a-f]+) ([0-9a-f]+:[0-9a-f]+) (\d+) *(.*)")
 _OCTAL_ESCAPE = re.compile(r"\\([0-7]{3})")
 _DELETED = " (deleted)"
+_ENDED = "ZX"
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +100,7 @@ class ProcessStatus:
     @property
     def zombie(self) -> bool:
         """Whether it has exited and only waits to be reaped."""
-        return self.state in "ZX"
+        return self.state in _ENDED
 
 
 def read_proc_file(pid: int, name: str) -> str:
@@ -147,7 +152,14 @@ def mappings(pid: int) -> tuple[Mapping, ...]:
 
     Raises BadInput (no such process), NotPermitted.
     """
-    return tuple(parse_mapping(line) for line in read_proc_file(pid, "maps").split("\n") if line)
+    return by_living_thread(pid, _mappings)
+
+
+def _mappings(tid: int) -> tuple[Mapping, ...]:
+    text = read_proc_file(tid, "maps")
+    if not text:
+        raise no_such_process(tid)  # it ended between opening and reading
+    return tuple(parse_mapping(line) for line in text.split("\n") if line)
 
 
 def mapping_over(maps: Sequence[Mapping], start: int, size: int) -> Mapping | None:
@@ -185,6 +197,37 @@ def is_socket(tid: int, descriptor: int) -> bool:
         raise LivegraftError(f"descriptor {descriptor} of thread {tid} is hidden", why=str(error)) from error
 
 
+def living_thread(pid: int) -> int:
+    """Return the thread of a process whose ``/proc`` entry shows its memory, mappings and files.
+
+    The main thread, or the first other where that one has ended: what has ended shows nothing of the kind. An entry
+    of a thread that is not the main one is not listed in ``/proc``, but there (proc(5)).
+    Raises BadInput (no such process, or all its threads have ended).
+    """
+    for tid in (pid, *(other for other in thread_ids(pid) if other != pid)):
+        try:
+            state = read_proc_file(tid, "stat").rpartition(")")[2].split()[0]
+        except BadInput:
+            continue  # ended and reaped between the two looks
+        if state not in _ENDED:
+            return tid
+    raise no_such_process(pid)
+
+
+def by_living_thread(pid: int, look: Callable[[int], _T]) -> _T:
+    """Return ``look(tid)`` for the thread that ``living_thread`` names; again with another where it ended meanwhile.
+
+    Raises what ``look`` does, and BadInput (no such process).
+    """
+    while True:
+        tid = living_thread(pid)
+        try:
+            return look(tid)
+        except (OSError, LivegraftError):
+            if living_thread(pid) == tid:
+                raise
+
+
 def _stat_field(text: str, number: int) -> int:
     # The name of the program stands in parentheses and may hold anything, parentheses and blanks included.
     return int(text.rpartition(")")[2].split()[number - 3])
@@ -219,7 +262,15 @@ def start_brk(pid: int) -> int:
 
     Raises BadInput (no such process).
     """
-    return _stat_field(read_proc_file(pid, "stat"), _STAT_START_BRK)
+    return by_living_thread(pid, lambda tid: _stat_field(read_proc_file(tid, "stat"), _STAT_START_BRK))
+
+
+def start_stack(pid: int) -> int:
+    """Return the stack pointer that the kernel gave to the main thread, or 0 where it hides it.
+
+    Raises BadInput (no such process).
+    """
+    return _stat_field(read_proc_file(pid, "stat"), _STAT_START_STACK)
 
 
 def stack_limit(pid: int) -> int | None:

@@ -5,7 +5,8 @@ forbidden ranges. That is cheap and misses no return address, but finds words th
 threads with a hit are unwound: if the walk is complete, only its frames count, and if not, every hit does. A
 thread on an alternate signal stack is scanned on both: the signal frame says where the interrupted stack is.
 
-Not seen are stacks that no thread runs on (coroutines that are switched away).
+Stacks that no thread runs on (coroutines that are switched away) are seen by the deep check alone (``deepcheck``),
+which is made where the process may have such stacks.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 from elfdiff.cursor import ReadBytes
 from elfdiff.errors import LivegraftError, NotPermitted
 
+from .deepcheck import DeepCheck
 from .forbidden import ForbiddenRange, ForbiddenRanges
 from .frames_x86_64 import RESTORER_SIZE, SIGFRAME_SIZE, interrupted_stack
 from .memory import Memory
@@ -44,7 +46,7 @@ _MAX_SIGNAL_FRAMES = 64  # on one stack
 
 @dataclass(frozen=True, slots=True)
 class LiveFrame:
-    """Why a function counts as live.
+    """Why a function counts as live. ``tid`` is 0 for a stack that no thread runs on.
 
     ``pc`` is where it goes on; ``depth`` counts frames from the innermost, 0, or is None for a word that
     could not be cleared. ``certain``: unwinding found the frame. ``stack`` are the program counters of the
@@ -64,12 +66,16 @@ class LiveFrame:
 
 @dataclass(frozen=True, slots=True)
 class Quiescence:
-    """The answer. ``bytes_scanned`` are those of stacks, ``unwound`` the threads that had to be."""
+    """The answer. ``bytes_scanned`` are those of stacks, ``unwound`` the threads that had to be.
+
+    ``searched`` are the bytes that the deep check has looked at.
+    """
 
     live: tuple[LiveFrame, ...]
     threads_checked: int
     bytes_scanned: int
     unwound: int
+    searched: int = 0
 
     @property
     def quiescent(self) -> bool:
@@ -133,8 +139,9 @@ class StackCheck:
         tables: Iterable[UnwindTable] = (),
         *,
         max_stack: int = MAX_STACK,
+        deep: DeepCheck | None = None,
     ) -> None:
-        """``tables`` are for code that is no mapped ELF image: that of patches.
+        """``tables`` are for code that is no mapped ELF image: that of patches. ``deep`` is made as well, where given.
 
         Raises ``ValueError`` for ranges that are empty or overlap, ``BadInput`` for no such process.
         """
@@ -142,6 +149,7 @@ class StackCheck:
         self._ranges = ForbiddenRanges(forbidden)
         self._more_tables = tuple(tables)
         self._max_stack = max_stack
+        self._deep = deep
         self._known_restorers: dict[Mapping, tuple[int, ...]] = {}
         self._code: tuple[Mapping, ...] = ()
         self._unwinder = Unwinder((), memory.read)
@@ -191,7 +199,18 @@ class StackCheck:
             # Code may have been replaced by as much other code; only now is it worth looking.
             self._renew_unwinder(mappings(self._memory.pid))
         live = [frame for item in suspects for frame in self._judge(item)]
-        return Quiescence(tuple(live), len(examined), scanned, len(suspects))
+        if live or self._deep is None:
+            return Quiescence(tuple(live), len(examined), scanned, len(suspects))
+        found, searched = self._deep.check(threads, self._restorers.addresses, self._unwind)
+        parked = tuple(LiveFrame(0, item.name, item.pc, None, False, (), item.words()) for item in found)
+        return Quiescence(parked, len(examined), scanned, len(suspects), searched)
+
+    def parked(self) -> bool:
+        """Whether what the deep check has found is still there, by a look that stops nobody."""
+        return self._deep is not None and self._deep.persists()
+
+    def _unwind(self, thread: StoppedThread) -> Stack:
+        return self._unwinder.unwind(thread.registers, self._memory.read)
 
     def _is_suspect(self, item: _Examined) -> bool:
         executing = self._ranges.of_instruction(item.rip, next_instruction=True)

@@ -117,6 +117,13 @@ class DynamicSymbols:
         """Whether its string table holds ``name``, so that it may define or want a symbol of that name."""
         return DT_STRTAB in self._tags and name.encode("utf-8", "surrogateescape") + b"\0" in self._strings()
 
+    def mentioned(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Those of ``names`` that its string table holds."""
+        if DT_STRTAB not in self._tags:
+            return ()
+        strings = self._strings()  # where a name may be the end of another: linkers share them
+        return tuple(name for name in names if name.encode() + b"\0" in strings)
+
     def answers_to(self, name: str) -> bool:
         """Whether an entry DT_NEEDED of this name means this object."""
         return name.rpartition("/")[2] in (self.soname, self.module.name)

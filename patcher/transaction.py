@@ -16,7 +16,7 @@ from elfdiff.errors import BadInput, Changed, LivegraftError, Refused
 from elfdiff.patchobject import PatchObject
 
 from .binding import Binding, bind
-from .conditions import Conditions
+from .conditions import DEEP_LIMIT, Conditions
 from .interruption import heed
 from .liveness import Watched, watch
 from .lookups import all_in_place, require_believable_lookups
@@ -63,18 +63,22 @@ def apply(
     patch: PatchObject,
     *,
     timeout: float = DEFAULT_TIMEOUT,
+    deep_check: bool | None = None,
+    deep_limit: int = DEEP_LIMIT,
     on_step: OnStep = _no_step,
 ) -> Outcome:
     """Put ``patch`` in force in process ``pid``, in place of any other patch of the same image.
 
-    ``timeout`` (seconds) is for the functions to become idle. ``on_step`` is called at each point at which
-    the death of this process leaves something else behind, for tests.
+    ``timeout`` (seconds) is for the functions to become idle; ``deep_check`` and ``deep_limit`` are those of
+    ``Conditions``. ``on_step`` is called at each point at which the death of this process leaves something else
+    behind, for tests.
 
     Raises BadInput, NotPermitted, Refused, Busy (a function stayed live), Changed (it kept changing meanwhile),
     LivegraftError; in all these cases the target is as before. TargetDamaged where it is not.
     """
     with open_target(pid) as memory:
-        return _attempts(Conditions(timeout), lambda left: _apply(pid, patch, memory, left, on_step))
+        asked = Conditions(timeout, deep_check, deep_limit)
+        return _attempts(asked, lambda left: _apply(pid, patch, memory, left, on_step))
 
 
 def _attempts(conditions: Conditions, attempt: Callable[[Conditions], Outcome]) -> Outcome:
@@ -100,7 +104,14 @@ def _apply(pid: int, patch: PatchObject, memory: Memory, conditions: Conditions,
     return Outcome(pid, seen.name, staged.contents, State.APPLIED, False, pause, staged.mapped_bytes, others)
 
 
-def check(pid: int, patch: PatchObject, *, timeout: float = DEFAULT_TIMEOUT) -> Outcome:
+def check(
+    pid: int,
+    patch: PatchObject,
+    *,
+    timeout: float = DEFAULT_TIMEOUT,
+    deep_check: bool | None = None,
+    deep_limit: int = DEEP_LIMIT,
+) -> Outcome:
     """Do all that ``apply`` does but the writing: every check, and stops of the process to look at its
     stacks.
 
@@ -108,7 +119,8 @@ def check(pid: int, patch: PatchObject, *, timeout: float = DEFAULT_TIMEOUT) -> 
     ``apply``.
     """
     with open_target(pid) as memory:
-        return _attempts(Conditions(timeout), lambda left: _check(pid, patch, memory, left))
+        asked = Conditions(timeout, deep_check, deep_limit)
+        return _attempts(asked, lambda left: _check(pid, patch, memory, left))
 
 
 def _check(pid: int, patch: PatchObject, memory: Memory, conditions: Conditions) -> Outcome:
@@ -198,6 +210,8 @@ def revert(
     patch_id: str = "",
     *,
     timeout: float = DEFAULT_TIMEOUT,
+    deep_check: bool | None = None,
+    deep_limit: int = DEEP_LIMIT,
     on_step: OnStep = _no_step,
 ) -> Outcome:
     """Take a patch out of force: the one whose id begins with ``patch_id``, or the only one there is.
@@ -215,7 +229,7 @@ def revert(
         now = situation(seen.records, module)
         sweep_stubs(pid, memory)
         plan = plan_revert(record, now, memory.read_many, seen.modules)
-        pause = carry_out(plan, seen, memory, Conditions(timeout), on_step)
+        pause = carry_out(plan, seen, memory, Conditions(timeout, deep_check, deep_limit), on_step)
         others = tuple(item for item in now.interrupted if item.address != record.address)
         return Outcome(pid, seen.name, record.contents, State.REVERTED, False, pause, mapped_bytes(record), others)
 

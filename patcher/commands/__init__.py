@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from ..conditions import DEEP_LIMIT
+
 
 @dataclass(frozen=True)
 class Report:
@@ -50,6 +52,30 @@ def add_timeout(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="how long to wait until no thread is in a patched function (default: 10)",
     )
+
+
+def add_deep_check(parser: argparse.ArgumentParser) -> None:
+    """Add ``--deep-check``, ``--no-deep-check`` and ``--deep-limit``: the search for coroutines in memory."""
+    parser.add_argument(
+        "--deep-check",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="search all writable memory for stacks that no thread runs on and that would return into a patched "
+        "function; done by itself where an image of the process calls makecontext or the like",
+    )
+    parser.add_argument(
+        "--deep-limit",
+        type=_mebibytes,
+        default=DEEP_LIMIT,
+        metavar="MIB",
+        help=f"memory that may be searched while the process stands still, in MiB (default: {DEEP_LIMIT >> 20})",
+    )
+
+
+def _mebibytes(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) < 1 << 40):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of MiB")
+    return int(text) << 20
 
 
 def _pid(text: str) -> int:

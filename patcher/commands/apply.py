@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import Report, add_pid, add_timeout
+from . import Report, add_deep_check, add_pid, add_timeout
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +18,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("patch", type=Path, metavar="PATCH", help="a patch object made by livegraft diff")
     add_pid(parser)
     add_timeout(parser)
+    add_deep_check(parser)
 
 
 def run(arguments: argparse.Namespace) -> Report:
@@ -37,7 +38,13 @@ def run(arguments: argparse.Namespace) -> Report:
     )
 
     patch = read_patch(arguments.patch)
-    outcome = transaction.apply(arguments.pid, patch, timeout=arguments.timeout)
+    outcome = transaction.apply(
+        arguments.pid,
+        patch,
+        timeout=arguments.timeout,
+        deep_check=arguments.deep_check,
+        deep_limit=arguments.deep_limit,
+    )
     contents = outcome.contents
     head = f"{safe(outcome.process)} (pid {outcome.pid})"
     if outcome.already:

@@ -11,7 +11,7 @@ import argparse
 
 from elfdiff.errors import BadInput
 
-from . import Report, add_pid, add_timeout
+from . import Report, add_deep_check, add_pid, add_timeout
 
 _SHORTEST_ID = 4
 
@@ -23,6 +23,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     )
     add_pid(parser)
     add_timeout(parser)
+    add_deep_check(parser)
 
 
 def run(arguments: argparse.Namespace) -> Report:
@@ -32,7 +33,13 @@ def run(arguments: argparse.Namespace) -> Report:
 
     if arguments.id:
         _require_id(arguments.id)
-    outcome = transaction.revert(arguments.pid, arguments.id, timeout=arguments.timeout)
+    outcome = transaction.revert(
+        arguments.pid,
+        arguments.id,
+        timeout=arguments.timeout,
+        deep_check=arguments.deep_check,
+        deep_limit=arguments.deep_limit,
+    )
     contents = outcome.contents
     head = f"{safe(outcome.process)} (pid {outcome.pid})"
     if outcome.already:

@@ -62,6 +62,7 @@ def outcome_json(outcome: Outcome) -> dict[str, Any]:
         "tries": 0 if pause is None else pause.tries,
         "threads": None if pause is None else pause.threads,
         "realtime": None if pause is None else pause.realtime,
+        "searched_bytes": None if pause is None else pause.searched,
         "waits": None if pause is None else asdict(pause.waits),
         "mapped_bytes": outcome.mapped_bytes,
         "others": [{"id": item.contents.patch, "was": state_name(item.state)} for item in outcome.others],
@@ -113,7 +114,8 @@ def pause_line(outcome: Outcome) -> str:
     pause = outcome.pause
     if pause is None:
         return "none"
-    return f"{pause.pause_ns / 1000:.0f} us for {plural(pause.threads, 'thread')}, at the {ordinal(pause.tries)} try"
+    line = f"{pause.pause_ns / 1000:.0f} us for {plural(pause.threads, 'thread')}, at the {ordinal(pause.tries)} try"
+    return line + (f", {pause.searched / 2**20:.1f} MiB searched for coroutines" if pause.searched else "")
 
 
 def ordinal(number: int) -> str:

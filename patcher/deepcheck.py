@@ -1,0 +1,269 @@
+"""The deep check: does a stack that no thread runs on return into a forbidden function?
+
+Coroutines that are switched away (makecontext(3), hand-made switches, setjmp(3) with stacks of its own) have their
+frames anywhere in writable memory. Nothing tells where, so all of it is searched for words that are return addresses in
+a forbidden range: a call ends there. Whatever made the switch, it was called, so that its return address is
+in memory. Program counters of other kinds are looked for as well: those of signal frames, and those that glibc
+hides in a jmp_buf. What lies on the stack of a thread that was unwound to its beginning is that thread's affair
+(``threadstacks``).
+
+A word that is found need not be a frame: it may have been left over by a call that has returned. So it counts as
+live, and is not certain.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elfdiff.errors import LivegraftError, Refused
+from trampolines.entry_x86_64 import ENTRY_JUMP_SIZE
+
+from .callsites_x86_64 import LONGEST_CALL, ends_with_call
+from .deepmemory import LEAD, Chunk, DeepMemory, Survey
+from .forbidden import ForbiddenRange, ForbiddenRanges
+from .frames_x86_64 import SIGFRAME_RIP
+from .mangling_x86_64 import POINTER_GUARD, mangled, unmangled
+from .memory import Memory
+from .proc import Mapping, start_stack
+from .threadstacks import OwnMemory, own_memory
+from .unwind import Stack
+
+if TYPE_CHECKING:
+    from .stopped import StoppedThread
+
+_BYTES_PER_SECOND = 3e9  # for what is said about a process that has too much
+_MOST_FOUND = 256  # then the answer is known
+_ENTRY_JUMP = b"\xe9"
+
+Unwind = Callable[["StoppedThread"], Stack]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A word in memory that may lead back into the forbidden range ``name``.
+
+    ``address`` is where it is, ``word`` what is there, ``pc`` where it leads. ``where`` names the mapping, ``kind``
+    what it looks like.
+    """
+
+    name: str
+    address: int
+    word: int
+    pc: int
+    where: str
+    kind: str
+
+    def words(self) -> str:
+        """For people."""
+        return f"{self.kind} lies at {self.address:#x} in {self.where}, on the stack of no thread"
+
+
+@dataclass(slots=True)
+class _Hits:
+    """Words of interest, their addresses and what they mean; all of one length."""
+
+    addresses: list[NDArray[np.uint64]]
+    words: list[NDArray[np.uint64]]
+    pcs: list[NDArray[np.uint64]]
+    kinds: list[NDArray[np.uint8]]
+
+    def add(self, chunk: Chunk, at: NDArray[np.intp], pcs: NDArray[np.uint64], kind: int) -> None:
+        if len(at):
+            self.addresses.append(chunk.addresses(at))
+            self.words.append(chunk.words[at])
+            self.pcs.append(pcs)
+            self.kinds.append(np.full(len(at), kind, dtype=np.uint8))
+
+
+_PLAIN, _MANGLED, _SIGNAL = range(3)
+
+
+class DeepCheck:
+    """Searches the memory of one process; a context manager."""
+
+    def __init__(self, memory: Memory, forbidden: Sequence[ForbiddenRange], limit: int) -> None:
+        """``limit``: bytes that are searched at most. Raises BadInput, NotPermitted, LivegraftError."""
+        self._memory = memory
+        self._limit = limit
+        self._ranges = ForbiddenRanges(forbidden)
+        # A pointer to a function is no return address, wherever it is kept.
+        self._inside = ForbiddenRanges([replace(item, harmless_at_start=True) for item in forbidden])
+        self._starts = sorted(item.start for item in forbidden)
+        self._calls: dict[int, bool] = {}
+        self._found: tuple[Found, ...] = ()
+        self._start_stack = start_stack(memory.pid)
+        self._deep = DeepMemory(memory.pid)
+
+    def __enter__(self) -> DeepCheck:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close what it has opened."""
+        self.close()
+
+    def close(self) -> None:
+        """Close what it has opened. May be called twice."""
+        self._deep.close()
+
+    def require_limit(self) -> None:
+        """Raise Refused where the process has more memory than may be searched. Stops nobody."""
+        self._survey()
+
+    def _survey(self) -> Survey:
+        survey = self._deep.survey()
+        if survey.size > self._limit:
+            raise self._too_much(survey.size)
+        return survey
+
+    def _too_much(self, size: int) -> Refused:
+        mebibytes = -(-size // (1 << 20))
+        return Refused(
+            f"process {self._memory.pid} has too much memory to be searched for coroutines while it stands still",
+            why=f"{mebibytes} MiB of its writable memory are in use, and a stack that no thread runs on may be "
+            f"anywhere in it; the limit is {self._limit >> 20} MiB. It would stand still for about "
+            f"{1000 * size / _BYTES_PER_SECOND:.0f} ms",
+            next_step=f"--deep-limit {mebibytes + mebibytes // 10 + 1} if that is acceptable, or --no-deep-check if no "
+            "coroutine can be waiting in a patched function",
+        )
+
+    def check(
+        self, threads: Sequence[StoppedThread], restorers: Sequence[int], unwind: Unwind
+    ) -> tuple[tuple[Found, ...], int]:
+        """What may lead back into a forbidden range from memory that is no running thread's stack, and bytes searched.
+
+        All ``threads`` of the process are stopped; ``restorers`` are what signal handlers return to.
+        Raises Refused where the memory has grown beyond the limit, LivegraftError where it cannot be read.
+        """
+        survey = self._survey()
+        hits = self._search(survey, restorers, self._guards(threads), stopped=True)
+        self._found = ()
+        if hits.addresses:
+            own = OwnMemory(self._own_memory(hits, threads, survey, unwind))
+            self._found = tuple(self._judged(hits, survey, own))
+        return self._found, survey.size
+
+    def persists(self) -> bool:
+        """Whether a word that the last check has found is still where it was. Stops nobody."""
+        return any(self._word(item.address) == item.word for item in self._found)
+
+    def _word(self, address: int) -> int | None:
+        try:
+            return int.from_bytes(self._memory.read(address, 8), "little")
+        except LivegraftError:
+            return None  # it is gone; what that means is for the next check to say
+
+    def _guards(self, threads: Sequence[StoppedThread]) -> tuple[int, ...]:
+        """What glibc hides program counters with: one for the whole process, kept by every thread."""
+        places = [(thread.registers.fs_base + POINTER_GUARD, 8) for thread in threads if thread.registers.fs_base]
+        try:
+            held = self._memory.read_many(places)
+        except LivegraftError:
+            return ()  # then it has no such thing: no C library, or another one
+        return tuple(sorted({int.from_bytes(data, "little") for data in held} - {0}))
+
+    # --- the search ---
+
+    def _search(self, survey: Survey, restorers: Sequence[int], guards: Sequence[int], *, stopped: bool) -> _Hits:
+        hits = _Hits([], [], [], [])
+        frames = np.array(restorers, dtype=np.uint64)
+        for chunk in self._deep.chunks(survey, stopped=stopped):
+            at = self._ranges.return_addresses(chunk.words)
+            if len(at):
+                self._sort_out(chunk, at, frames, hits)
+            for guard in guards:
+                self._search_mangled(chunk, guard, hits)
+        return hits
+
+    def _sort_out(self, chunk: Chunk, at: NDArray[np.intp], frames: NDArray[np.uint64], hits: _Hits) -> None:
+        """Tell program counters of signal frames, which may be any, from return addresses."""
+        words = chunk.words[at]
+        in_frame = np.isin(chunk.lead[at + (LEAD - SIGFRAME_RIP // 8)], frames)
+        hits.add(chunk, at[in_frame], words[in_frame], _SIGNAL)
+        rest = at[~in_frame]
+        rest = rest[self._inside.return_addresses(chunk.words[rest])]
+        hits.add(chunk, rest, chunk.words[rest], _PLAIN)
+
+    def _search_mangled(self, chunk: Chunk, guard: int, hits: _Hits) -> None:
+        at = mangled(chunk.words, guard)
+        if len(at):
+            pcs = unmangled(chunk.words[at], guard)
+            inside = self._inside.return_addresses(pcs)
+            hits.add(chunk, at[inside], pcs[inside], _MANGLED)
+
+    # --- the verdict ---
+
+    def _own_memory(
+        self, hits: _Hits, threads: Sequence[StoppedThread], survey: Survey, unwind: Unwind
+    ) -> Iterator[tuple[int, int]]:
+        """The stacks of the threads that have a hit near them."""
+        addresses = np.sort(np.concatenate(hits.addresses))
+        for thread in threads:
+            registers = thread.registers
+            near = [survey.mapping(address) for address in (registers.rsp, registers.fs_base)]
+            is_main = thread.tid == self._memory.pid
+            near += [mapping for mapping in survey.maps if is_main and mapping.path == "[stack]"]
+            if any(mapping is not None and _any_in(addresses, mapping) for mapping in near):
+                begin = self._start_stack if is_main else None
+                yield from own_memory(thread, unwind(thread), survey.maps, self._memory, start_stack=begin)
+
+    def _judged(self, hits: _Hits, survey: Survey, own: OwnMemory) -> Iterator[Found]:
+        addresses, words = np.concatenate(hits.addresses), np.concatenate(hits.words)
+        pcs, kinds = np.concatenate(hits.pcs), np.concatenate(hits.kinds)
+        kept = ~own.holds(addresses)
+        kept &= (kinds == _SIGNAL) | self._after_calls(pcs)
+        for at in np.flatnonzero(kept)[:_MOST_FOUND].tolist():
+            address, pc, kind = int(addresses[at]), int(pcs[at]), int(kinds[at])
+            name = self._name(pc, kind)
+            if name:
+                where = _described(survey.mapping(address))
+                yield Found(name, address, int(words[at]), pc, where, _KINDS[kind])
+
+    def _name(self, pc: int, kind: int) -> str:
+        if kind != _SIGNAL:
+            return self._ranges.of_return_address(pc).name
+        found = self._ranges.of_instruction(pc, next_instruction=True)
+        return found.name if found is not None else ""
+
+    def _after_calls(self, pcs: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Whether a call ends at each of these addresses."""
+        unique, which = np.unique(pcs, return_inverse=True)
+        unknown = [pc for pc in unique.tolist() if pc not in self._calls]
+        held = self._memory.read_many([(pc - LONGEST_CALL, LONGEST_CALL) for pc in unknown])
+        for pc, code in zip(unknown, held, strict=True):
+            self._calls[pc] = ends_with_call(code) or self._behind_an_entry_jump(pc)
+        return np.array([self._calls[pc] for pc in unique.tolist()], dtype=np.bool_)[which]
+
+
+    def _behind_an_entry_jump(self, pc: int) -> bool:
+        """Whether the call may have been overwritten by an entry jump."""
+        first = bisect_left(self._starts, pc - ENTRY_JUMP_SIZE - LONGEST_CALL)
+        near = self._starts[first : bisect_left(self._starts, pc)]
+        return _ENTRY_JUMP in self._memory.read_many([(start, 1) for start in near])
+
+
+_KINDS = {
+    _PLAIN: "a return address",
+    _MANGLED: "a jump buffer of setjmp",
+    _SIGNAL: "the program counter of a signal frame",
+}
+
+
+def _any_in(addresses: NDArray[np.uint64], mapping: Mapping) -> bool:
+    first, last = np.searchsorted(addresses, np.array([mapping.start, mapping.end], dtype=np.uint64))
+    return int(first) < int(last)
+
+
+def _described(mapping: Mapping | None) -> str:
+    if mapping is None:
+        return "unmapped memory"
+    return mapping.path or f"anonymous memory {mapping.start:#x}-{mapping.end:#x}"
