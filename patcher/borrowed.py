@@ -14,11 +14,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from elfdiff.errors import BadInput, Busy, LivegraftError, NotPermitted
+from elfdiff.errors import BadInput, Busy, LivegraftError
 from trampolines.stub_x86_64 import RESTORED, RETURN_OFFSET, stub_bytes
 
 from . import ptrace, seam, tracees
 from .memory import Memory
+from .obstacles import filter_stays
 from .proc import no_such_process, status, thread_ids
 from .ptrace import Option, PtraceFailed
 from .registers_x86_64 import (
@@ -30,9 +31,29 @@ from .registers_x86_64 import (
 )
 from .tracees import Stop, StopKind
 
-_GETPID = 39  # syscall_64.tbl
+_READ, _GETPID = 0, 39  # syscall_64.tbl
+# Calls that wait, and that fail at once, changing nothing, where every argument is -1: a bad descriptor, pointer,
+# size, count or option. (pause has no argument, and restart_syscall would go on with what was interrupted.)
+_FAILING = PLAIN_EINTR | {
+    7,  # poll
+    23,  # select
+    35,  # nanosleep
+    61,  # wait4
+    69,  # msgsnd
+    70,  # msgrcv
+    72,  # fcntl
+    73,  # flock
+    130,  # rt_sigsuspend
+    202,  # futex
+    230,  # clock_nanosleep
+    247,  # waitid
+    270,  # pselect6
+    271,  # ppoll
+}
+_SECCOMP_STRICT = 1  # /proc/PID/status, Seccomp; read is one of the four calls that it allows (seccomp(2))
 _ARGUMENTS = ("rdi", "rsi", "rdx", "r10", "r8", "r9")  # psABI appendix A.2.1
 _WORD_MASK = (1 << 64) - 1
+_FILTERED = 3  # above every other rank
 
 _STOP_TIMEOUT = 0.25  # seconds for one thread to stop before the next is asked
 _CALL_TIMEOUT = 10.0  # seconds for a call; mmap may wait for the lock of the whole address space
@@ -44,14 +65,14 @@ _RSEQ_CS = struct.Struct("<IIQQQ")  # struct rseq_cs, linux/rseq.h: version, fla
 
 @dataclass(slots=True)
 class Borrowed:
-    """A stopped thread. ``registers`` are what it gets back; ``seccomp`` says that its filter is suspended.
+    """A stopped thread. ``registers`` are what it gets back; ``seccomp`` is the mode that is suspended, 0 for none.
 
     ``lost`` becomes true where it could not be stopped again: it is still in the stub.
     """
 
     tid: int
     registers: Registers
-    seccomp: bool
+    seccomp: int
     slot: int = 0
     lost: bool = False
 
@@ -84,22 +105,34 @@ class Borrowed:
             return -failure
         launch = self.registers.copy()
         launch.rip = self.slot
-        # A filter that is suspended by us is in force again the moment we die. So the call that it might
-        # punish stands in the registers only from the entry stop on; hardly any filter minds getpid.
-        launch.rax = _GETPID if self.seccomp else number
+        launch.rax = number
         launch.orig_rax = NO_SYSCALL
-        for name, value in zip(_ARGUMENTS, args, strict=False):
-            setattr(launch, name, value & _WORD_MASK)
+        if self.seccomp:
+            # A filter that is suspended by us is in force again the moment we die. So the call that it might
+            # punish stands in the registers only from the entry stop on.
+            launch.rax = self._passing_call()
+            _set_arguments(launch, (_WORD_MASK,) * len(_ARGUMENTS))
+        else:
+            _set_arguments(launch, args)
         try:
             ptrace.write_registers(self.tid, launch)
-            return self._run(number)
+            return self._run(number, args)
         except PtraceFailed as error:
             if not error.gone:
                 raise
             tracees.abandon(self.tid)  # killed in its stop: it is still to be reaped
             return None
 
-    def _run(self, number: int) -> int | None:
+    def _passing_call(self) -> int:
+        """Return a call that the thread's filter lets pass and that does nothing where its arguments are all -1.
+
+        Not even getpid is allowed under many filters. What the thread waits in has passed.
+        """
+        if self.seccomp == _SECCOMP_STRICT:
+            return _READ
+        return self.registers.orig_rax if self.registers.orig_rax in _FAILING else _GETPID
+
+    def _run(self, number: int, args: tuple[int, ...]) -> int | None:
         stop = self._step()
         if stop.kind is StopKind.GONE:
             return None
@@ -111,6 +144,7 @@ class Borrowed:
             raise _unexpected(self.tid, f"it stopped ({stop.kind.value}) at {entered.rip:#x}")
         if self.seccomp:
             entered.orig_rax = number
+            _set_arguments(entered, args)
             ptrace.write_registers(self.tid, entered)
         stop = self._step()
         if stop.kind is StopKind.GONE:
@@ -150,6 +184,11 @@ class Borrowed:
         tracees.detach(self.tid, stop)
 
 
+def _set_arguments(registers: Registers, args: tuple[int, ...]) -> None:
+    for name, value in zip(_ARGUMENTS, args, strict=False):
+        setattr(registers, name, value & _WORD_MASK)
+
+
 def _unexpected(tid: int, why: str) -> LivegraftError:
     return LivegraftError(f"thread {tid} did not make a system call as told", why=why)
 
@@ -181,18 +220,20 @@ def by_preference(pid: int) -> list[int]:
     """Return the threads of a process that may be asked to make a system call, the best first.
 
     Best is one that sleeps in a call that the kernel restarts by itself: nobody waits for it, and if this
-    process is killed just when the thread stops, not even EINTR is seen. Raises BadInput (it has exited).
+    process is killed just when the thread stops, not even EINTR is seen. Those under a system-call filter come
+    last: if this process is killed just when one enters a call, the filter judges it. Raises BadInput (it has exited).
     """
     ranks: dict[int, int] = {}
     alive = False
     for tid in thread_ids(pid):
         try:
-            state = status(tid).state
+            found = status(tid)
         except BadInput:
             continue  # ended meanwhile
-        alive |= state not in "ZX"
-        if state in "SRT":
-            ranks[tid] = 1 if state == "R" else 2 if _sleeps_in_plain_eintr(tid) else 0
+        alive |= found.state not in "ZX"
+        if found.state in "SRT":
+            ranks[tid] = 1 if found.state == "R" else 2 if _sleeps_in_plain_eintr(tid) else 0
+            ranks[tid] += _FILTERED if found.seccomp else 0
     if not alive:
         raise no_such_process(pid)
     return sorted(ranks, key=lambda tid: ranks[tid])
@@ -210,7 +251,7 @@ def borrow_thread(pid: int, tid: int, memory: Memory) -> Borrowed | None:
     """Stop one certain thread if it may make system calls, else None. Raises NotPermitted."""
     # A filter belongs to a thread, not to the process (seccomp(2)).
     try:
-        seccomp = status(tid).seccomp != 0
+        seccomp = status(tid).seccomp
     except BadInput:
         return None
     if not tracees.try_seize(pid, tid, Option.TRACESYSGOOD):
@@ -236,7 +277,7 @@ def borrow_thread(pid: int, tid: int, memory: Memory) -> Borrowed | None:
     return thread
 
 
-def _borrow_stopped(tid: int, stop: Stop, seccomp: bool, memory: Memory) -> Borrowed | None:
+def _borrow_stopped(tid: int, stop: Stop, seccomp: int, memory: Memory) -> Borrowed | None:
     try:
         registers = ptrace.read_registers(tid)
         tracees.repair(tid, registers, stop)
@@ -277,9 +318,4 @@ def _suspend_seccomp(tid: int) -> None:
     except PtraceFailed as error:
         if error.gone:
             raise
-        raise NotPermitted(
-            f"the system-call filter of thread {tid} cannot be suspended",
-            why=f"{error.why}; it needs CAP_SYS_ADMIN, a kernel with CONFIG_CHECKPOINT_RESTORE, and a tracer "
-            "that is under no filter itself",
-            next_step="run as root outside of any sandbox",
-        ) from error
+        raise filter_stays(status(tid).name, tid, error.why).as_error() from error

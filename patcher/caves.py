@@ -17,6 +17,7 @@ from trampolines.stub_x86_64 import STUB_ALIGNMENT, STUB_SIZE, owner_of
 
 from .memory import Memory
 from .modules import PT_LOAD, Module, ProgramHeader
+from .obstacles import no_padding
 
 _PAGE = 4096
 _PF_X = 1  # gABI, program header
@@ -91,8 +92,4 @@ def _slots(caves: Sequence[Cave], memory: Memory) -> Iterator[tuple[int, bytes]]
 def no_room(pid: int, caves: Sequence[Cave]) -> LivegraftError:
     """Return the error that says that no slot is left."""
     room = ", ".join(f"{cave.path} {cave.end - cave.start}" for cave in caves) or "none"
-    return LivegraftError(
-        f"process {pid} has no room for a remote system call",
-        why=f"it needs {STUB_SIZE} zero bytes behind program text; padding found (bytes): {room}",
-        next_step="restart the process",
-    )
+    return no_padding(pid, STUB_SIZE, room).as_error()

@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from elfdiff.errors import Refused
-
+from .obstacles import no_room
 from .proc import Mapping
 
 _PAGE = 4096
@@ -65,12 +64,7 @@ def candidates(around: Surroundings, low: int, high: int, size: int, fixed_addre
         for base in _bases(start, end, block, low, room.last_resort):
             found.append((room.last_resort, _distance(base, block, low, high), base))
     if not found:
-        raise Refused(
-            f"there is no room for {block} bytes within 2 GiB of the image at {low:#x}",
-            why=f"the free ranges between {window_low:#x} and {window_high:#x} are too small or reserved for "
-            "the heap and the stack",
-            next_step="restart the program instead",
-        )
+        raise no_room(low, block, (window_low, window_high)).as_error()
     return tuple(dict.fromkeys(base for _, _, base in sorted(found)))
 
 

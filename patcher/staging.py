@@ -7,6 +7,7 @@ changed here, and everything can be taken out again.
 
 from __future__ import annotations
 
+import errno
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from .binding import PF_W, Binding, BoundSegment, relocate
 from .exclusive import exclusive
 from .lookups import kept, lookup_segments, lookup_span, reusable
 from .mapping import (
+from .fitness import no_memory
     Image,
     PlaceTaken,
     fill_memory_file,
@@ -195,13 +197,19 @@ def _map_at(binding: Binding, draft: Draft, record_at: int, now: Situation, memo
     plan = plan_apply(own, draft.contents, FIRST_SLOT, now, memory.read_many, idle_ranges(binding))
     contents = draft.contents
     image = Image(record_at, encode_record(contents), draft.segments)
-    if not _map_sealed(image, memory, on_step):
-        contents = replace(contents, sealed=False)
-        image = replace(image, record_bytes=encode_record(contents))
-        with RemoteCaller(memory.pid, memory) as caller:
-            map_image(caller, memory, image, None)
+    total = sum(len(part.data) for part in image.parts)
+    try:
+        if not _map_sealed(image, memory, on_step):
+            contents = replace(contents, sealed=False)
+            image = replace(image, record_bytes=encode_record(contents))
+            with RemoteCaller(memory.pid, memory) as caller:
+                map_image(caller, memory, image, None)
+    except RemoteCallError as error:
+        if error.errno in _NO_MEMORY:
+            raise no_memory(memory.pid, total, len(image.parts), error.errno).as_error() from error
+        raise
     on_step("mapped")
-    return Staged(contents, plan, sum(len(part.data) for part in image.parts))
+    return Staged(contents, plan, total)
 
 
 def _map_sealed(image: Image, memory: Memory, on_step: OnStep) -> bool:
@@ -210,19 +218,19 @@ def _map_sealed(image: Image, memory: Memory, on_step: OnStep) -> bool:
     Two visits: between them the file is filled from here, and no thread of the target is held for that.
     """
     with RemoteCaller(memory.pid, memory) as caller:
-        descriptor = make_memory_file(caller)
-    if descriptor is None:
+        file = make_memory_file(caller)
+    if file is None:
         return False
     on_step("memory file")
     try:
         fill_memory_file(memory.pid, descriptor, image)
     except BaseException:
         with RemoteCaller(memory.pid, memory) as caller:
-            caller.close(descriptor)
+            caller.close(file.number)
         raise
     with RemoteCaller(memory.pid, memory) as caller:
         try:
-            return _map_or_not(caller, memory, image, descriptor)
+            return _map_or_not(caller, memory, image, file.number)
         finally:
             caller.close(descriptor)
 

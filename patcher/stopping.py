@@ -20,9 +20,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
-from elfdiff.errors import BadInput, Busy, LivegraftError
+from elfdiff.errors import BadInput, LivegraftError
 
-from . import batch, ptrace, tracees
+from . import batch, obstacles, ptrace, tracees
 from .interruption import deferred, heed
 from .proc import status, thread_ids
 from .quiet import Undisturbed
@@ -185,14 +185,11 @@ class SeizedProcess:
                 next_step="look at the process again; the patch is for the program that it was",
             )
 
-    def _did_not_stop(self, timeout: float) -> Busy:
+    def _did_not_stop(self, timeout: float) -> LivegraftError:
         details = tuple(_where(self.pid, tid) for tid in sorted(self._running))
-        return Busy(
-            f"{len(self._running)} of the threads of process {self.pid} did not stop within {timeout:g} s",
-            why="a thread that waits uninterruptibly (disk, NFS, vfork) or gets no CPU cannot be stopped",
-            next_step="try again, or see what the thread waits for",
-            details=details,
-        )
+        obstacle = obstacles.does_not_stop(self.pid, len(self._running), timeout, details)
+        assert obstacle is not None
+        return obstacle.as_error()
 
     def _seize_new(self, options: ptrace.Option) -> None:
         """Seize the threads that appeared; repeat until a look at the task list shows nothing new."""

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from elfdiff.errors import NotPermitted, TargetDamaged
+from elfdiff.errors import TargetDamaged
 
+from .fitness import require_fit, require_permitted
 from .exclusive import exclusive
 from .interruption import deferred, heed
 from .memory import Memory
@@ -21,7 +22,7 @@ from .record import MEMFD_PATH, DamagedRecord, Record, find_records, permissions
 from .tracees import require_main_thread, require_traceable
 
 # Not the file that a single remote call locks: this lock is held around many of them.
-_LOCK = "auxv"
+_LOCK = "syscall"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,20 +55,10 @@ def open_target(pid: int) -> Iterator[Memory]:
     with deferred():
         heed()
         found = require_traceable(pid)
-        require_main_thread(found)
-        if found.tracer_pid:
-            raise _traced(pid, found.name, found.tracer_pid)
+        require_permitted(found)
+        require_fit(found)
         with exclusive(pid, _LOCK), Memory(pid) as memory:
             yield memory
-
-
-def _traced(pid: int, name: str, tracer: int) -> NotPermitted:
-    tracer_name = status(tracer).name
-    return NotPermitted(
-        f"process {pid} ({name}) is traced already",
-        why=f"process {tracer} ({tracer_name}) traces it, and the kernel allows one tracer only",
-        next_step=f"detach {tracer_name} from process {pid}, or end it, and try again",
-    )
 
 
 def require_intact(seen: Snapshot) -> None:

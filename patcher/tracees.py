@@ -14,14 +14,14 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from ptrace.ctypes_libc import libc
 
-from elfdiff.errors import BadInput, LivegraftError, NotPermitted, Refused
+from elfdiff.errors import BadInput, LivegraftError
 
-from . import batch, ptrace, seam
+from . import batch, fitness, obstacles, ptrace, seam
 from .proc import ProcessStatus, is_socket, status
 from .quiet import ticking
 from .registers_x86_64 import Registers, without_spurious_eintr
@@ -37,8 +37,6 @@ _NO_TRACEE = -1
 
 _NAP = 50e-6
 _PATIENCE = 5e-3  # seconds until it is asked whether something is in the way
-
-_YAMA = "/proc/sys/kernel/yama/ptrace_scope"
 
 _waitpid = libc["waitpid"]
 _waitpid.argtypes = (ctypes.c_int, ctypes.POINTER(ctypes.c_int), ctypes.c_int)
@@ -261,21 +259,21 @@ def try_seize(pid: int, tid: int, options: ptrace.Option) -> bool:
             return True
         if found.zombie:
             return False
-        raise refused(pid, found, error) from error
+        raise fitness.tracing_refused(replace(found, pid=pid), error.why).as_error() from error
     return True
 
 
 def require_traceable(pid: int) -> ProcessStatus:
     """Return the status of a process that may in principle be traced.
 
-    Raises BadInput for no such process, a thread id, a kernel thread, a zombie and this process itself.
+    Raises BadInput for no such process, a thread id, a kernel thread, a zombie and this process itself, and where
+    ``/proc`` speaks of other processes than ptrace(2).
     """
+    fitness.require_proc()
     found = status(pid)
-    problem = _not_a_target(pid, found)
-    if problem:
-        raise BadInput(
-            f"process {pid} cannot be patched", why=problem, next_step="give the pid of another process"
-        )
+    obstacle = obstacles.not_a_target(pid, found.name, _not_a_target(pid, found))
+    if obstacle is not None:
+        raise obstacle.as_error()
     return found
 
 
@@ -285,12 +283,9 @@ def require_main_thread(found: ProcessStatus) -> None:
     The kernel releases a thread's address space when it ends, and ``/proc/PID/mem`` and ``/proc/PID/maps`` are the
     main thread's (proc(5)). Raises Refused.
     """
-    if found.zombie:
-        raise Refused(
-            f"the main thread of process {found.pid} ({found.name}) has ended, though others live",
-            why="its memory and mappings cannot be looked at by way of the main thread",
-            next_step="restart the program",
-        )
+    obstacle = obstacles.ended_main_thread(found.pid, found.name, found.zombie)
+    if obstacle is not None:
+        raise obstacle.as_error()
 
 
 def _not_a_target(pid: int, found: ProcessStatus) -> str:
@@ -308,52 +303,3 @@ def _not_a_target(pid: int, found: ProcessStatus) -> str:
 def _has_living_thread(pid: int) -> bool:
     # A main thread may end before the others; it then stays a zombie, and the process lives on.
     return any(not _is_dead(int(name)) for name in os.listdir(f"/proc/{pid}/task"))  # noqa: PTH208
-
-
-def refused(pid: int, found: ProcessStatus, error: ptrace.PtraceFailed) -> LivegraftError:
-    """Return the error that says why a thread could not be seized, and what would help."""
-    what = f"process {pid} ({found.name}) may not be traced"
-    if found.tracer_pid:
-        tracer = _name_of(found.tracer_pid)
-        return NotPermitted(
-            what,
-            why=f"it is traced already, by process {found.tracer_pid} ({tracer})",
-            next_step=f"end {tracer}, or detach it from {pid}, and try again",
-        )
-    scope = _yama_scope()
-    if scope >= 3:
-        return NotPermitted(
-            what, why=f"{_YAMA} is {scope}: nobody may trace", next_step="only a reboot lifts this setting"
-        )
-    if scope >= 1 and os.geteuid() != 0:
-        return NotPermitted(
-            what,
-            why=f"{_YAMA} is {scope}; this is user {os.geteuid()} without CAP_SYS_PTRACE",
-            next_step="run as root",
-        )
-    if os.geteuid() != 0 or found.uid != os.geteuid():
-        return NotPermitted(
-            what,
-            why=f"it belongs to user {found.uid}, this is user {os.geteuid()}; {error.why}",
-            next_step="run as root; inside a container, give it CAP_SYS_PTRACE",
-        )
-    return NotPermitted(
-        what,
-        why=error.why,
-        next_step="give this process CAP_SYS_PTRACE, and see whether a security module (dmesg) forbids it",
-    )
-
-
-def _name_of(pid: int) -> str:
-    try:
-        return status(pid).name
-    except BadInput:
-        return "already gone"
-
-
-def _yama_scope() -> int:
-    try:
-        with open(_YAMA, encoding="ascii") as file:
-            return int(file.read())
-    except FileNotFoundError:
-        return 0  # the kernel is built without Yama
