@@ -12,7 +12,7 @@ CODES: dict[str, tuple[bool, str]] = {
     "constant-identity": (True, "a constant that differs is compared by its address"),
     "class-layout": (True, "a class has other virtual functions or other bases"),
     "constructors": (True, "code that runs at the start of a program differs"),
-    "coroutines": (True, "the program switches between stacks of its own"),
+    "coroutines": (False, "the program switches between stacks of its own"),
     "debug-info": (False, "debug information that is there could not be used"),
     "enum-values": (True, "an enumeration gives another number to a name"),
     "exceptions": (True, "exceptions may pass through changed functions whose handlers would not be found"),

@@ -28,7 +28,7 @@ from elfdiff.patchbuild import Draft
 from elfdiff.patchobject import ENTRY_JUMP_SIZE, OLD_IMAGE, PATCH_IMAGE, Finding, OldCode
 from elfdiff.variables import object_at
 
-HARMLESS_WHEN_LIFTED = frozenset({"constructors", "coroutines", "exported-symbol"})
+HARMLESS_WHEN_LIFTED = frozenset({"constructors", "exported-symbol"})
 """Findings that say nothing of what old and new code share while they run."""
 _SEPARATE_C = re.compile(r"GNU C\d* (?!.*-flto)")
 """DW_AT_producer of code that gcc compiled from C, unit by unit; with -flto it is ``GNU GIMPLE``. In C++ a body may be

@@ -114,9 +114,10 @@ def coroutines(draft: Draft) -> Iterator[Finding]:
     if switching:
         yield Finding(
             "coroutines",
-            Severity.REFUSE,
+            Severity.WARN,
             "the program switches between stacks of its own",
             tuple(sorted(switching)),
-            "a stack that no thread runs on just now may return into a changed function, and is not looked at",
-            "if no changed function switches stacks, nor calls what does, --allow coroutines",
+            "a stack that no thread runs on just now may return into a changed function: apply, check and revert search "
+            "the writable memory of the process for it, which makes the pause longer, and is refused above 256 MiB",
+            "nothing to do; --no-deep-check leaves the search out, --deep-limit raises what it may look at",
         )

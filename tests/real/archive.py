@@ -53,12 +53,12 @@ PAIRS = (
     Pair("libssl-20-22", "libssl3", "3.0.20-1~deb12u2", "3.0.22-1~deb12u2", LIBSSL,
          frozenset({"struct-layout", "allocation-size"}), complete=False),
     # x509_store_lookup has other methods, which keep something else in the lookups that exist (by_store.c), and
-    # by_store_subject_ex, to which it pointed, is gone. Both builds switch stacks (async_posix.c).
+    # by_store_subject_ex, to which it pointed, is gone.
     Pair("libcrypto-17-20", "libssl3", "3.0.17-1~deb12u2", "3.0.20-1~deb12u2", LIBCRYPTO,
-         frozenset({"initial-value", "kept-function", "coroutines"})),
+         frozenset({"initial-value", "kept-function"})),
     # One function was update and cipher of ChaCha20-Poly1305 and is two now: contexts that exist hold its address.
     Pair("libcrypto-20-22", "libssl3", "3.0.20-1~deb12u2", "3.0.22-1~deb12u2", LIBCRYPTO,
-         frozenset({"kept-function", "coroutines"}), complete=False),
+         frozenset({"kept-function"}), complete=False),
     # RESPONSE_CODES grew: arrays of that many entries exist in the running program, indexed by the old numbers.
     Pair("apache2", "apache2-bin", "2.4.68-1~deb12u1", "2.4.71-1~deb12u1", "usr/sbin/apache2",
          frozenset({"allocation-size"}), complete=False),
