@@ -117,7 +117,7 @@ def coroutines(draft: Draft) -> Iterator[Finding]:
             Severity.WARN,
             "the program switches between stacks of its own",
             tuple(sorted(switching)),
-            "a stack that no thread runs on just now may return into a changed function: apply, check and revert search "
-            "the writable memory of the process for it, which makes the pause longer, and is refused above 256 MiB",
+            "a stack that no thread runs on just now may return into a changed function: apply, check and revert "
+            "search the writable memory of the process for it, which makes the pause longer",
             "nothing to do; --no-deep-check leaves the search out, --deep-limit raises what it may look at",
         )
