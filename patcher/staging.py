@@ -17,9 +17,9 @@ from elfdiff.errors import Refused
 
 from .binding import PF_W, Binding, BoundSegment, relocate
 from .exclusive import exclusive
+from .fitness import no_memory
 from .lookups import kept, lookup_segments, lookup_span, reusable
 from .mapping import (
-from .fitness import no_memory
     Image,
     PlaceTaken,
     fill_memory_file,
@@ -48,6 +48,8 @@ from .record import (
 )
 from .remote import RemoteCaller, RemoteCallError, erase_old_stubs
 from .target import Snapshot, leaked_descriptors, own_mappings
+
+_NO_MEMORY = frozenset({errno.ENOMEM, errno.EAGAIN})  # mmap(2): a limit; memory that would have to be locked
 
 OnStep = Callable[[str], None]
 """Called with a name at every point at which the death of this process leaves something else behind."""
@@ -218,19 +220,19 @@ def _map_sealed(image: Image, memory: Memory, on_step: OnStep) -> bool:
     Two visits: between them the file is filled from here, and no thread of the target is held for that.
     """
     with RemoteCaller(memory.pid, memory) as caller:
-        file = make_memory_file(caller)
-    if file is None:
+        descriptor = make_memory_file(caller)
+    if descriptor is None:
         return False
     on_step("memory file")
     try:
         fill_memory_file(memory.pid, descriptor, image)
     except BaseException:
         with RemoteCaller(memory.pid, memory) as caller:
-            caller.close(file.number)
+            caller.close(descriptor)
         raise
     with RemoteCaller(memory.pid, memory) as caller:
         try:
-            return _map_or_not(caller, memory, image, file.number)
+            return _map_or_not(caller, memory, image, descriptor)
         finally:
             caller.close(descriptor)
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from elfdiff.errors import TargetDamaged
 
-from .fitness import require_fit, require_permitted
 from .exclusive import exclusive
+from .fitness import require_fit, require_permitted
 from .interruption import deferred, heed
 from .memory import Memory
 from .modules import Module, modules
@@ -22,7 +22,7 @@ from .record import MEMFD_PATH, DamagedRecord, Record, find_records, permissions
 from .tracees import require_main_thread, require_traceable
 
 # Not the file that a single remote call locks: this lock is held around many of them.
-_LOCK = "syscall"
+_LOCK = "auxv"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,7 @@ def open_target(pid: int) -> Iterator[Memory]:
     with deferred():
         heed()
         found = require_traceable(pid)
+        require_main_thread(found)
         require_permitted(found)
         require_fit(found)
         with exclusive(pid, _LOCK), Memory(pid) as memory:
