@@ -18,13 +18,14 @@ from elfdiff.cursor import ReadBytes
 from elfdiff.dwarfexpression import evaluate
 from elfdiff.errors import BadInput, LivegraftError
 
-from .frames_x86_64 import CALL_CLOBBERED, RETURN_ADDRESS, RSP, dwarf_registers
+from .frames_x86_64 import CALL_CLOBBERED, RED_ZONE, RETURN_ADDRESS, RSP, dwarf_registers
 from .registers_x86_64 import USER_CODE_64, Registers
 from .unwindtables import UnwindTable
 
 MAX_FRAMES = 1024
 """Frames after which a walk is given up."""
 _MASK = (1 << 64) - 1
+_WORD = 8
 
 
 class StackEnd(Enum):
@@ -90,6 +91,17 @@ class Unwinder:
         """
         for table in self._tables:
             self._load(table)
+
+    def begins_function(self, address: int) -> bool:
+        """Whether an FDE begins at ``address``; false where there is no unwind information for it."""
+        index = bisect_right(self._lows, address) - 1
+        if index < 0 or address >= self._tables[index].high:
+            return False
+        frames = self._load(self._tables[index])
+        if isinstance(frames, str):
+            return False
+        found = frames.table.find(address)
+        return found >= 0 and int(frames.table.starts[found]) == address
 
     def unwind(self, registers: Registers, read: ReadBytes, *, max_frames: int = MAX_FRAMES) -> Stack:
         """The frames of a thread that is stopped with ``registers``; ``read`` reads its stack.
@@ -178,14 +190,14 @@ def _caller(row: UnwindRow, cfa: int, registers: dict[int, int], read: ReadBytes
         if rule.kind is RuleKind.UNDEFINED:
             caller.pop(number, None)
         else:
-            caller[number] = _rule_value(number, rule, cfa, registers, read)
+            caller[number] = _rule_value(row, rule, cfa, registers, read, number)
     return caller
 
 
-def _rule_value(number: int, rule: Rule, cfa: int, registers: dict[int, int], read: ReadBytes) -> int:
+def _rule_value(row: UnwindRow, rule: Rule, cfa: int, registers: dict[int, int], read: ReadBytes, number: int) -> int:
     kind = rule.kind
     if kind is RuleKind.OFFSET:
-        return _word(cfa + rule.value, read)
+        return _saved(row, (cfa + rule.value) & _MASK, cfa, registers, read)
     if kind is RuleKind.SAME_VALUE:
         return _value(registers, number)
     if kind is RuleKind.REGISTER:
@@ -193,7 +205,18 @@ def _rule_value(number: int, rule: Rule, cfa: int, registers: dict[int, int], re
     if kind is RuleKind.VAL_OFFSET:
         return (cfa + rule.value) & _MASK
     value = evaluate(rule.expression, registers, read, (cfa,))
-    return value if kind is RuleKind.VAL_EXPRESSION else _word(value, read)
+    return value if kind is RuleKind.VAL_EXPRESSION else _saved(row, value, cfa, registers, read)
+
+
+def _saved(row: UnwindRow, place: int, cfa: int, registers: dict[int, int], read: ReadBytes) -> int:
+    """The word that a function has saved at ``place``, which must be in its own frame.
+
+    Functions of gcc with a realigned stack say until they return that rbp is saved where rbp points. Behind the
+    ``pop %rbp`` of their epilogue that is the caller's frame, and who believes it does not see the caller's caller.
+    """
+    if not row.is_signal_frame and not _value(registers, RSP) - RED_ZONE <= place <= cfa - _WORD:
+        raise _Incomplete(f"a register is said to be saved outside of the frame at {registers[RETURN_ADDRESS]:#x}")
+    return _word(place, read)
 
 
 def _value(registers: dict[int, int], number: int) -> int:
@@ -204,7 +227,7 @@ def _value(registers: dict[int, int], number: int) -> int:
 
 
 def _word(address: int, read: ReadBytes) -> int:
-    return int.from_bytes(read(address & _MASK, 8), "little")
+    return int.from_bytes(read(address, _WORD), "little")
 
 
 def _require_progress(frames: list[Frame], frame: Frame) -> None:

@@ -1,0 +1,174 @@
+"""Stacks of daemons under load: ours and libdw's, of the very same stop, frame by frame.
+
+An ordinary run compares some of each program; ``make soak`` compares 5,000.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from fixtures import libdw
+from fixtures.debian import PackageUnavailable, Unpacked, fetch, served_versions
+from fixtures.memcached import run_memcached
+from fixtures.postgres import postgres_build, run_postgres
+from fixtures.redis import redis_build, run_benchmark, run_redis
+from fixtures.stacks import compile_program
+from fixtures.tracees import running
+from patcher.memory import Memory
+from patcher.proc import mappings
+from patcher.stopped import StoppedThread
+from patcher.stopping import seize
+from patcher.unwind import Stack, Unwinder
+from patcher.unwindtables import unwind_tables
+
+pytestmark = [pytest.mark.root, pytest.mark.apt]
+
+ORDINARY, SOAK = 150, 1250
+"""Stacks of each of the four programs."""
+SECONDS = 900.0
+CLIENTS = 4
+
+
+@dataclass
+class Tally:
+    """What came of it. ``places``: innermost program counters; ``incomplete``: reasons, which must be none here."""
+
+    stacks: int = 0
+    frames: int = 0
+    signal_frames: int = 0
+    places: set[int] = field(default_factory=set)
+    incomplete: Counter[str] = field(default_factory=Counter)
+    differences: list[str] = field(default_factory=list)
+
+    def add(self, thread: StoppedThread, stack: Stack, opinion: libdw.Opinion) -> None:
+        self.stacks += 1
+        self.frames += len(stack.frames)
+        self.signal_frames += sum(frame.is_signal_frame for frame in stack.frames)
+        self.places.add(thread.registers.rip)
+        # libdw counts the frame of the signal handler's return itself among those whose pc is exact.
+        ours = tuple((frame.pc, not frame.after_call or frame.is_signal_frame) for frame in stack.frames)
+        theirs = opinion.frames
+        if not stack.complete:
+            self.incomplete[stack.why] += 1
+            theirs = theirs[: len(ours)]  # libdw guesses on by the frame pointer
+        elif opinion.failure:
+            self.differences.append(f"libdw: {opinion.failure}: {_words(ours)} != {_words(theirs)}")
+        if ours != theirs:
+            self.differences.append(f"{_words(ours)} != {_words(theirs)}")
+
+
+def _words(frames: Sequence[tuple[int, bool]]) -> str:
+    return " ".join(f"{pc:#x}{'!' * exact}" for pc, exact in frames)
+
+
+class Comparison:
+    """One process, unwound by both; a context manager."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._stack = contextlib.ExitStack()
+        self._memory = self._stack.enter_context(Memory(pid))
+        self._libdw = self._stack.enter_context(libdw.Libdw(pid))
+        self._unwinder = Unwinder(unwind_tables(mappings(pid), self._memory), self._memory.read)
+        self._unwinder.prepare()
+
+    def __enter__(self) -> Comparison:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def sample(self, tally: Tally) -> None:
+        """Stop the process and compare all its threads."""
+        with seize(self.pid) as process:
+            process.stop(timeout=20.0)
+            for thread in process.threads:
+                stack = self._unwinder.unwind(thread.registers, self._memory.read)
+                opinion = self._libdw.unwind(thread.tid, thread.registers, self._memory.read)
+                tally.add(thread, stack, opinion)
+
+
+def compare(pids: Sequence[int], stacks: int) -> Tally:
+    """Compare at least that many stacks, of all these processes in turn."""
+    tally = Tally()
+    end = time.monotonic() + SECONDS
+    with contextlib.ExitStack() as stack:
+        comparisons = [stack.enter_context(Comparison(pid)) for pid in pids]
+        while tally.stacks < stacks and time.monotonic() < end:
+            for comparison in comparisons:
+                comparison.sample(tally)
+                time.sleep(0.002)  # the load must get on
+    assert tally.stacks >= stacks
+    return tally
+
+
+@contextlib.contextmanager
+def redis(cache: Path, folder: Path) -> Iterator[Sequence[int]]:
+    build = redis_build(newest("redis-tools", cache), folder / "build", cache)
+    with run_redis(build, folder / "data") as server, run_benchmark(build, server.port):
+        yield [server.pid]
+
+
+@contextlib.contextmanager
+def memcached(cache: Path, folder: Path) -> Iterator[Sequence[int]]:
+    with run_memcached(newest("memcached", cache), cache) as server, server.load():
+        yield [server.pid]
+
+
+@contextlib.contextmanager
+def postgres(cache: Path, folder: Path) -> Iterator[Sequence[int]]:
+    build = postgres_build(newest("postgresql-15", cache), cache)
+    with run_postgres(build) as server, server.benchmark(CLIENTS):
+        yield server.pids
+
+
+@contextlib.contextmanager
+def cplusplus(cache: Path, folder: Path) -> Iterator[Sequence[int]]:
+    program = compile_program("exceptions.cc", folder / "exceptions", "-O2", "-std=c++17", compiler="g++")
+    with running([program]) as process:
+        yield [process.pid]
+
+
+def newest(package: str, cache: Path) -> Unpacked:
+    try:
+        versions = served_versions(package)
+        if not versions:
+            pytest.skip(f"the archive serves no {package}")
+        return fetch(package, versions[0], cache)
+    except PackageUnavailable as error:
+        pytest.skip(f"{error.what}: {error.why}")
+
+
+Program = Callable[[Path, Path], "contextlib.AbstractContextManager[Sequence[int]]"]
+PROGRAMS = {"redis": redis, "memcached": memcached, "postgres": postgres, "C++": cplusplus}
+
+
+def no_difference(program: str, cache_folder: Path, folder: Path, stacks: int) -> Tally:
+    if not libdw.available():
+        pytest.skip("libdw is not installed")
+    with PROGRAMS[program](cache_folder / "packages", folder) as pids:
+        tally = compare(pids, stacks)
+    print(
+        f"{program}: {tally.stacks} stacks, {tally.frames} frames, {tally.signal_frames} signal frames, "
+        f"{len(tally.places)} places, incomplete {dict(tally.incomplete)}, differences {len(tally.differences)}"
+    )
+    assert tally.differences == []
+    return tally
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_stacks_are_those_of_libdw(program: str, cache_folder: Path, tmp_path: Path) -> None:
+    no_difference(program, cache_folder, tmp_path, ORDINARY)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_many_stacks_are_those_of_libdw(program: str, cache_folder: Path, tmp_path: Path) -> None:
+    no_difference(program, cache_folder, tmp_path, SOAK)

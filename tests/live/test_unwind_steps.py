@@ -1,0 +1,280 @@
+"""Stacks at every instruction: a program is stepped, and ours is compared with what its calls and returns say.
+
+An ordinary run steps through two builds; ``make soak`` through every build, linker and C library, through
+libcrypto's assembler, and through the whole life of a program, from the first instruction of the dynamic linker.
+"""
+
+from __future__ import annotations
+
+import shutil
+from bisect import bisect_right
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from fixtures.stacks import compile_program, functions_of
+from fixtures.stepping import Stepper, stepped
+from patcher.proc import Mapping, mappings
+from patcher.unwind import Stack, Unwinder
+from patcher.unwindtables import unwind_tables
+
+pytestmark = pytest.mark.root
+
+VISITS = 2  # of one instruction: in a loop nothing new is to be seen
+DESTINED = 60  # instructions from where the tables begin to describe a jump's destination until the jump is done
+
+ORDINARY = {
+    "gcc, lazy binding, IBT": ("gcc", "-O2", "-fcf-protection=full", "-Wl,-z,lazy"),
+    "clang, static": ("clang", "-O2", "-static"),
+}
+FURTHER = {
+    "gcc -O0": ("gcc", "-O0"),
+    "gcc -O3": ("gcc", "-O3", "-fomit-frame-pointer", "-fcf-protection=none"),
+    "gcc -Os": ("gcc", "-Os", "-Wl,-z,now"),
+    "frame pointers, realigned stacks": (
+        *("gcc", "-O2", "-fno-omit-frame-pointer", "-mpreferred-stack-boundary=5", "-mstackrealign", "-no-pie"),
+    ),
+    "clang": ("clang", "-O2"),
+    "clang -O0": ("clang", "-O0"),
+    "synchronous tables": ("gcc", "-O2", "-fno-asynchronous-unwind-tables", "-funwind-tables"),
+    "synchronous tables of clang": ("clang", "-O2", "-fno-asynchronous-unwind-tables", "-funwind-tables"),
+    "no search table": ("gcc", "-O2", "-Wl,--no-eh-frame-hdr"),
+    "realigned with arguments on the stack": (
+        *("gcc", "-O2", "-fno-omit-frame-pointer", "-mpreferred-stack-boundary=5", "-mincoming-stack-boundary=3"),
+    ),
+    "static": ("gcc", "-O2", "-static"),
+    "static PIE": ("gcc", "-O2", "-static-pie"),
+}
+WITHOUT_PLT_TABLES = {
+    "lld": ("clang", "-O2", "-fuse-ld=lld", "-Wl,-z,lazy"),
+    "lld, IBT": ("gcc", "-O2", "-fuse-ld=lld", "-Wl,-z,now", "-fcf-protection=full", "-Wl,-z,force-ibt"),
+    "mold": ("gcc", "-O2", "-fuse-ld=mold", "-Wl,-z,lazy"),
+}
+"""These linkers write no unwind information for the PLT."""
+MUSL = {"musl": ("musl-gcc", "-O2", "-DPLAIN"), "musl, static": ("musl-gcc", "-O2", "-DPLAIN", "-static")}
+"""Its start-up code has no unwind information, so no stack is complete."""
+
+
+@dataclass
+class _Found:
+    """What we say of the stack at one step, and the words in which a difference is told."""
+
+    step: int
+    pcs: list[int]
+    complete: bool
+    words: str
+    jumped: bool = False
+
+    def agrees(self, truth: list[int]) -> bool:
+        return self.pcs == (truth if self.complete else truth[: len(self.pcs)])
+
+    def comes_true(self, truth: list[int]) -> bool:
+        """Whether the program is in one of the callers that we named, and its stack is what we said."""
+        rests = [self.pcs[skipped:] for skipped in range(1, len(self.pcs)) if self.pcs[skipped] == truth[0]]
+        return any(rest == (truth if self.complete else truth[: len(rest)]) for rest in rests)
+
+
+class Comparison:
+    """One program, stepped. ``frames`` counts those compared.
+
+    ``incomplete`` holds (function of the program, reason), ``incomplete_here`` those on the stack that it began on.
+    """
+
+    def __init__(self, stepper: Stepper, program: Path) -> None:
+        self.stepper = stepper
+        self.functions = functions_of(program, stepper.pid)
+        self.frames = 0
+        self.complete = 0
+        self.signal_frames = 0
+        self.jumps = 0
+        self.incomplete: list[tuple[str, str]] = []
+        self.incomplete_here: list[tuple[str, str]] = []
+        self._visits: Counter[int] = Counter()
+        self._destined: list[_Found] = []
+        self._steps = 0
+        self._last_jump = -DESTINED
+        self._code: list[Mapping] = []
+        self._unwinder = Unwinder((), stepper.memory.read)
+        self._renew()
+
+    def unwind(self) -> Stack:
+        return self._unwinder.unwind(self.stepper.registers, self.stepper.memory.read)
+
+    def function_at(self, address: int) -> str:
+        index = bisect_right(self.functions, address, key=lambda function: function.start) - 1
+        inside = index >= 0 and address < self.functions[index].end
+        return self.functions[index].name if inside else ""
+
+    def run(self, end: int) -> None:
+        """Step until the instruction at ``end``, or the end of the program; compare."""
+        while not self.stepper.ended and self.stepper.registers.rip != end:
+            self._compare()
+            self.stepper.step()
+            self._steps += 1
+            if not self.stepper.ended:
+                self._arrived()
+                if self.stepper.entered_kernel:
+                    self._renew()
+        assert self._destined == []
+        assert self.stepper.ended or end
+
+    def _compare(self) -> None:
+        pc = self.stepper.registers.rip
+        self._visits[pc] += 1
+        if self._visits[pc] > VISITS:
+            return
+        stack, truth = self.unwind(), self.stepper.pcs
+        pcs = [frame.pc for frame in stack.frames]
+        self.frames += len(pcs)
+        self.complete += stack.complete
+        self.signal_frames += any(frame.is_signal_frame for frame in stack.frames)
+        if not stack.complete:
+            place = self.function_at(pc)
+            if place and self.stepper.on_first_stack:
+                self.incomplete_here.append((place, stack.why))
+            self.incomplete.append((place, stack.why))
+        found = _Found(self._steps, pcs, stack.complete, self._words(pcs, truth, stack.why))
+        if not found.agrees(truth):
+            found.jumped = self._steps - self._last_jump < DESTINED
+            self._destined.append(found)
+
+    def _arrived(self) -> None:
+        """What differed must come true by a jump.
+
+        The tables of longjmp(3), setcontext(3) and of what throws describe the destination's stack before they are
+        there.
+        """
+        if self.stepper.jumped:
+            self._last_jump = self._steps
+        pending = []
+        for found in self._destined:
+            found.jumped |= self.stepper.jumped
+            if found.jumped and found.comes_true(self.stepper.pcs):
+                self.jumps += 1
+                continue
+            assert self._steps - found.step < DESTINED, found.words
+            pending.append(found)
+        self._destined = pending
+
+    def _renew(self) -> None:
+        maps = mappings(self.stepper.pid)
+        code = [mapping for mapping in maps if mapping.executable]
+        if code != self._code:
+            self._unwinder = Unwinder(unwind_tables(maps, self.stepper.memory), self.stepper.memory.read)
+            self._unwinder.prepare()
+            self._code = code
+
+    def _words(self, pcs: list[int], truth: list[int], why: str) -> str:
+        def lines(addresses: list[int]) -> str:
+            return " ".join(f"{address:#x} {self.function_at(address)}" for address in addresses)
+
+        return f"step {self._steps}\nours  {lines(pcs)} ({why})\ntruth {lines(truth)}"
+
+    def report(self, name: str) -> None:
+        print(f"{name}: {self._steps} steps, {len(self._visits)} instructions, {self.frames} frames compared, "
+              f"{self.complete} stacks complete, {len(self.incomplete)} not, {self.signal_frames} with signal frames, "
+              f"{self.jumps} jumps foreseen")  # fmt: skip
+
+
+def compiled(folder: Path, compiler: str, *flags: str) -> Path:
+    if shutil.which(compiler) is None:
+        pytest.skip(f"{compiler} is not installed")
+    return compile_program("steps.c", folder / "steps", "-w", *flags, "-lm", compiler=compiler)
+
+
+def begin(stepper: Stepper, program: Path, name: str) -> Comparison:
+    """Let the program run to the start of a function."""
+    functions = {function.name: function for function in functions_of(program, stepper.pid)}
+    stepper.run_to(functions[name].start)
+    comparison = Comparison(stepper, program)
+    stepper.began_in([frame.pc for frame in comparison.unwind().frames[1:]])
+    return comparison
+
+
+def step_through(program: Path, name: str) -> Comparison:
+    """Step through begin(), which main() calls."""
+    with stepped([program]) as stepper:
+        comparison = begin(stepper, program, "begin")
+        assert comparison.function_at(stepper.pcs[1]) == "main"
+        end = next(function for function in comparison.functions if function.name == "finish")
+        comparison.run(end.start)
+        assert not stepper.ended
+    comparison.report(name)
+    return comparison
+
+
+C_LIBRARY = {"clone3", "swapcontext", "setcontext", "__setcontext", "__start_context", "__longjmp"}
+"""What glibc itself says nothing about, in part: a stack that was just made; or where registers come from a buffer."""
+REALIGNED = "saved outside of the frame"
+"""The reason in the epilogue of a function that realigns its stack: there the tables of gcc are wrong."""
+
+
+def require_nearly_all(comparison: Comparison) -> None:
+    assert {name for name, why in comparison.incomplete_here if REALIGNED not in why} <= C_LIBRARY
+    assert comparison.signal_frames > 20 and comparison.jumps > 5
+    assert comparison.complete > 4000 and comparison.complete > 30 * len(comparison.incomplete)
+
+
+@pytest.mark.parametrize("build", ORDINARY)
+def test_every_instruction(build: str, tmp_path: Path) -> None:
+    require_nearly_all(step_through(compiled(tmp_path, *ORDINARY[build]), build))
+
+
+def test_a_frame_is_not_hidden_by_wrong_tables(tmp_path: Path) -> None:
+    """A function of gcc that has realigned its stack returns to callers with frame pointers."""
+    flags = FURTHER["realigned with arguments on the stack"]
+    comparison = step_through(compiled(tmp_path, *flags), "realigned")
+    assert any(REALIGNED in why for _, why in comparison.incomplete_here)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("build", FURTHER)
+def test_every_instruction_of_other_builds(build: str, tmp_path: Path) -> None:
+    require_nearly_all(step_through(compiled(tmp_path, *FURTHER[build]), build))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("build", WITHOUT_PLT_TABLES)
+def test_a_stub_without_unwind_information_is_incomplete(build: str, tmp_path: Path) -> None:
+    comparison = step_through(compiled(tmp_path, *WITHOUT_PLT_TABLES[build]), build)
+    stubs = [place for place, why in comparison.incomplete if "no unwind information for" in why]
+    assert len(stubs) > 50 and comparison.complete > 4000
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("build", MUSL)
+def test_no_stack_of_musl_is_complete(build: str, tmp_path: Path) -> None:
+    comparison = step_through(compiled(tmp_path, *MUSL[build]), build)
+    assert comparison.complete == 0 and len(comparison.incomplete) > 3000
+
+
+@pytest.mark.soak
+def test_hand_written_assembler(tmp_path: Path) -> None:
+    program = compile_program("steps.c", tmp_path / "steps", "-w", "-O2", "-DLIBCRYPTO", "-lm", "-lcrypto")
+    comparison = step_through(program, "libcrypto")
+    assert not comparison.incomplete_here
+    assert comparison.complete > 10000
+
+
+@pytest.mark.soak
+def test_exceptions(tmp_path: Path) -> None:
+    """Through the unwinder of the C++ library into a landing pad."""
+    program = compile_program("shapes.cc", tmp_path / "program", "-O2", compiler="g++")
+    with stepped([program]) as stepper:
+        comparison = begin(stepper, program, "main")
+        comparison.run(0)
+    comparison.report("exceptions")
+    assert comparison.jumps > 5 and comparison.complete > 10000
+
+
+@pytest.mark.soak
+def test_a_whole_life(tmp_path: Path) -> None:
+    """From the first instruction of the dynamic linker to exit(2)."""
+    program = compiled(tmp_path, "gcc", "-O2", "-Wl,-z,lazy")
+    with stepped([program]) as stepper:
+        comparison = Comparison(stepper, program)
+        comparison.run(0)
+    comparison.report("whole life")
+    assert comparison.complete > 1000
