@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -237,6 +237,11 @@ def by_preference(pid: int) -> list[int]:
     if not alive:
         raise no_such_process(pid)
     return sorted(ranks, key=lambda tid: ranks[tid])
+
+
+def among(tids: Collection[int]) -> Candidates:
+    """Return only these threads, by preference: for calls that mean another thing where others make them."""
+    return lambda pid: [tid for tid in by_preference(pid) if tid in tids]
 
 
 def _sleeps_in_plain_eintr(tid: int) -> bool:

@@ -14,12 +14,13 @@ from .proc import no_such_process
 
 
 @contextmanager
-def exclusive(pid: int, name: str = "mem") -> Iterator[None]:
+def exclusive(pid: int, name: str = "personality") -> Iterator[None]:
     """Hold a process against every other user of this function with the same ``name``.
 
     The lock is a flock(2) on ``/proc/PID/NAME``: it is bound to the process itself and not to a number, needs
-    no directory of ours, ends with the death of its holder, and cannot be taken by those who may not trace
-    the process. ``name`` must be a file that only they may open (``mem``, ``auxv``).
+    no directory of ours, ends with the death of its holder, and can be taken only by root and the user to whom the
+    process belongs. ``name`` must be a file that nobody else may open, and that can be opened as well when the main
+    thread has ended, or two patchers would lock different files (``personality``, ``syscall``; not ``mem``).
 
     Raises Busy (somebody else holds it), BadInput (no such process), NotPermitted.
     """

@@ -9,7 +9,7 @@ from elfdiff.errors import LivegraftError
 from .memory import Memory
 from .proc import mappings
 from .record import DamagedRecord, Record, State, find_records
-from .tracees import require_main_thread, require_traceable
+from .tracees import require_traceable
 from .transaction import mapped_bytes
 
 
@@ -49,7 +49,6 @@ def inspect_process(pid: int) -> Inspection:
     Raises BadInput (no such process, a kernel thread, a zombie, this process), NotPermitted.
     """
     found = require_traceable(pid)
-    require_main_thread(found)
     with Memory(pid) as memory:
         records, damaged = find_records(mappings(pid), memory)
         patches = tuple(_carried(record, memory) for record in records)

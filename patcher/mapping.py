@@ -17,12 +17,15 @@ import fcntl
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from elfdiff.errors import LivegraftError
 
 from . import seam
 from .binding import PF_R, PF_W, PF_X, BoundSegment
+from .descriptors import Descriptor, shared_with
 from .memory import Memory
+from .record import MEMFD_PATH
 from .remote import (
     MAP_ANONYMOUS,
     MAP_FIXED_NOREPLACE,
@@ -60,8 +63,8 @@ class Image:
         return (BoundSegment(self.record, _RECORD_FLAGS, self.record_bytes), *self.segments)
 
 
-def make_memory_file(caller: RemoteCaller) -> int | None:
-    """Make an empty memory file in the target; return its descriptor there.
+def make_memory_file(caller: RemoteCaller) -> Descriptor | None:
+    """Make an empty memory file in the target; return its descriptor there, and the threads that have it.
 
     None where the target cannot have one (no descriptor free, forbidden, kernel before 3.17): anonymous
     mappings are the way then. Raises LivegraftError for anything else.
@@ -70,7 +73,8 @@ def make_memory_file(caller: RemoteCaller) -> int | None:
     # Kernels before 6.3 do not know MFD_EXEC and answer EINVAL.
     for attempt in (flags | MFD_EXEC, flags):
         try:
-            return caller.memfd_create(attempt)
+            number = caller.memfd_create(attempt)
+            return Descriptor(number, shared_with(caller.pid, caller.tid))
         except RemoteCallError as error:
             if error.errno in _NO_MEMORY_FILE:
                 return None
@@ -79,14 +83,14 @@ def make_memory_file(caller: RemoteCaller) -> int | None:
     return None
 
 
-def fill_memory_file(pid: int, descriptor: int, image: Image) -> None:
-    """Write all parts of ``image`` to the memory file that is ``descriptor`` in process ``pid``, and seal it.
+def fill_memory_file(pid: int, file: Descriptor, image: Image) -> None:
+    """Write all parts of ``image`` to the empty memory file that is ``file`` in process ``pid``, and seal it.
 
     The target takes no part in this. Raises LivegraftError.
     """
     try:
         _announce("OPEN", pid)
-        descriptor = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
+        descriptor = _open_empty(pid, file)
         try:
             for part in image.parts:
                 _announce("FILL", pid)
@@ -97,6 +101,20 @@ def fill_memory_file(pid: int, descriptor: int, image: Image) -> None:
             os.close(descriptor)
     except OSError as error:
         raise LivegraftError("the patch could not be written to a memory file", why=str(error)) from error
+
+
+def _open_empty(pid: int, file: Descriptor) -> int:
+    # The program may have closed it and opened another: that must not be written to.
+    paths = [Path(f"/proc/{pid}/task/{tid}/fd/{file.number}") for tid in sorted(file.threads)]
+    path = next((path for path in paths if path.is_symlink()), None)
+    if path is None:
+        raise FileNotFoundError(errno.ENOENT, f"descriptor {file.number} has been closed meanwhile")
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    name = os.readlink(f"/proc/self/fd/{descriptor}")  # noqa: PTH115
+    if name.removesuffix(" (deleted)") != MEMFD_PATH or os.fstat(descriptor).st_size:
+        os.close(descriptor)
+        raise FileExistsError(errno.EEXIST, f"descriptor {file.number} is another file by now ({name})")
+    return descriptor
 
 
 def _announce(name: str, pid: int) -> None:
@@ -113,6 +131,8 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 def map_image(caller: RemoteCaller, memory: Memory, image: Image, descriptor: int | None) -> None:
     """Map all parts at their addresses, from the memory file or, with None, as anonymous memory.
+
+    The caller must borrow only threads that have the descriptor.
 
     All or nothing: on any error what was mapped is unmapped again. Raises PlaceTaken where something is there
     already, RemoteCallError.

@@ -17,7 +17,7 @@ from types import TracebackType
 from elfdiff.errors import LivegraftError, NotPermitted
 
 from . import seam
-from .proc import no_such_process
+from .proc import by_living_thread, living_thread, no_such_process
 
 Poke = Callable[[int, int], None]
 """Write one 8-byte word (unsigned, little-endian) at an aligned address: PTRACE_POKETEXT, ptrace(2)."""
@@ -53,7 +53,7 @@ class Memory:
         """Open ``/proc/PID/mem``. Raises BadInput (no such process), NotPermitted."""
         self.pid = pid
         self.poke = poke
-        self._descriptor = _open_mem(pid)
+        self._descriptor = by_living_thread(pid, lambda tid: _open_mem(pid, tid))
 
     def __enter__(self) -> Memory:
         """Return itself."""
@@ -159,8 +159,13 @@ class Memory:
         if failure:
             raise self._batch_error(ranges, -1, failure)
         got = _process_vm_readv()(self.pid, ctypes.byref(local), 1, remote, len(ranges), 0)
+        number = ctypes.get_errno()
+        if got < 0 and number == errno.ESRCH:
+            living_thread(self.pid)  # raises where all have ended
+            # The main thread has. The others' memory is the same, and the descriptor still leads there.
+            return [self.read(address, size) for address, size in ranges]
         if got != total:
-            raise self._batch_error(ranges, got, ctypes.get_errno())
+            raise self._batch_error(ranges, got, number)
         view = memoryview(buffer)
         out = []
         position = 0
@@ -186,9 +191,9 @@ class Memory:
             raise ValueError("this Memory is closed")
 
 
-def _open_mem(pid: int) -> int:
+def _open_mem(pid: int, tid: int) -> int:
     try:
-        return os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+        return os.open(f"/proc/{pid}/task/{tid}/mem", os.O_RDWR | os.O_CLOEXEC)
     except (FileNotFoundError, ProcessLookupError) as error:
         raise no_such_process(pid) from error
     except PermissionError as error:

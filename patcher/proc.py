@@ -152,13 +152,13 @@ def mappings(pid: int) -> tuple[Mapping, ...]:
 
     Raises BadInput (no such process), NotPermitted.
     """
-    return by_living_thread(pid, _mappings)
+    return by_living_thread(pid, lambda tid: _mappings(pid, tid))
 
 
-def _mappings(tid: int) -> tuple[Mapping, ...]:
-    text = read_proc_file(tid, "maps")
+def _mappings(pid: int, tid: int) -> tuple[Mapping, ...]:
+    text = read_proc_file(pid, f"task/{tid}/maps")
     if not text:
-        raise no_such_process(tid)  # it ended between opening and reading
+        raise no_such_process(pid)  # it ended between opening and reading
     return tuple(parse_mapping(line) for line in text.split("\n") if line)
 
 
@@ -198,15 +198,14 @@ def is_socket(tid: int, descriptor: int) -> bool:
 
 
 def living_thread(pid: int) -> int:
-    """Return the thread of a process whose ``/proc`` entry shows its memory, mappings and files.
+    """Return the thread whose entry in ``/proc/PID/task`` shows the memory, mappings and files of a process.
 
-    The main thread, or the first other where that one has ended: what has ended shows nothing of the kind. An entry
-    of a thread that is not the main one is not listed in ``/proc``, but there (proc(5)).
+    The main thread, or the first other where that one has ended: what has ended shows nothing of the kind (proc(5)).
     Raises BadInput (no such process, or all its threads have ended).
     """
     for tid in (pid, *(other for other in thread_ids(pid) if other != pid)):
         try:
-            state = read_proc_file(tid, "stat").rpartition(")")[2].split()[0]
+            state = read_proc_file(pid, f"task/{tid}/stat").rpartition(")")[2].split()[0]
         except BadInput:
             continue  # ended and reaped between the two looks
         if state not in _ENDED:
@@ -262,7 +261,7 @@ def start_brk(pid: int) -> int:
 
     Raises BadInput (no such process).
     """
-    return by_living_thread(pid, lambda tid: _stat_field(read_proc_file(tid, "stat"), _STAT_START_BRK))
+    return by_living_thread(pid, lambda tid: _stat_field(read_proc_file(pid, f"task/{tid}/stat"), _STAT_START_BRK))
 
 
 def start_stack(pid: int) -> int:

@@ -140,6 +140,12 @@ class RemoteCaller:
             raise RemoteCallError(self.pid, number, args, -result)
         return result
 
+    @property
+    def tid(self) -> int:
+        """The thread that made the last call. Raises AssertionError where none is held."""
+        assert self._thread is not None, "no call was made"
+        return self._thread.tid
+
     def _borrow(self, deadline: float) -> Borrowed:
         if self._quiet is None:
             self._quiet = self._stack.enter_context(Undisturbed())

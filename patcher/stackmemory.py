@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from elfdiff.errors import LivegraftError, NotPermitted
 
 from . import seam
-from .proc import Mapping, mappings, no_such_process
+from .proc import Mapping, by_living_thread, living_thread, mappings, no_such_process
 
 # ioctl PROCMAP_QUERY on /proc/PID/maps (include/uapi/linux/fs.h; kernel commit ed5d583a88a9, v6.11): one mapping
 # for a few microseconds, where reading the file costs as much for every mapping that there is.
@@ -69,6 +69,13 @@ class StackWords:
         return view[offset : offset + size].tobytes()
 
 
+def _open_maps(pid: int, tid: int) -> int:
+    try:
+        return os.open(f"/proc/{pid}/task/{tid}/maps", os.O_RDONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise no_such_process(pid) from error
+
+
 class StackMemory:
     """The stacks of one process; a context manager.
 
@@ -83,10 +90,8 @@ class StackMemory:
         self._buffer = np.ones(_FIRST_BUFFER // 8, dtype=np.uint64)  # ones, so that its pages exist
         self._used = 0
         self._mappings: tuple[Mapping, ...] | None = None
-        try:
-            self._descriptor = os.open(f"/proc/{pid}/maps", os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError as error:
-            raise no_such_process(pid) from error
+        self._tid = pid
+        self._descriptor = by_living_thread(pid, lambda tid: _open_maps(pid, tid))
 
     def __enter__(self) -> StackMemory:
         """Return itself."""
@@ -108,6 +113,7 @@ class StackMemory:
         """Call it at the start of each pause: all that was read in an earlier one is void."""
         self._mappings = None
         self._used = 0
+        self._tid = self._pid
 
     def read(self, runs: Sequence[tuple[int, int]]) -> StackWords:
         """The memory of every (address, size), both multiples of 8.
@@ -137,10 +143,15 @@ class StackMemory:
         local = np.array([words.ctypes.data, words.nbytes], dtype=np.uint64)
         number = seam.announce("READV", self._pid)
         if not number:
-            got = _process_vm_readv()(self._pid, local.ctypes.data, 1, remote.ctypes.data, len(remote), 0)
+            got = _process_vm_readv()(self._tid, local.ctypes.data, 1, remote.ctypes.data, len(remote), 0)
             if got == words.nbytes:
                 return
             number = ctypes.get_errno() if got < 0 else errno.EFAULT
+            if got < 0 and number == errno.ESRCH and self._tid == self._pid:
+                # The main thread has ended. Another is as good, and lives on: it is stopped.
+                self._tid = living_thread(self._pid)
+                self._read_batch(remote, words)
+                return
         kind = NotPermitted if number == errno.EPERM else LivegraftError
         raise kind(f"stacks of process {self._pid} could not be read", why=os.strerror(number))
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from elfdiff.errors import Refused
 
 from .binding import PF_W, Binding, BoundSegment, relocate
+from .borrowed import among
+from .descriptors import leaked_memory_files
 from .exclusive import exclusive
 from .fitness import no_memory
 from .lookups import kept, lookup_segments, lookup_span, reusable
@@ -47,7 +49,7 @@ from .record import (
     segment_digest,
 )
 from .remote import RemoteCaller, RemoteCallError, erase_old_stubs
-from .target import Snapshot, leaked_descriptors, own_mappings
+from .target import Snapshot, own_mappings
 
 _NO_MEMORY = frozenset({errno.ENOMEM, errno.EAGAIN})  # mmap(2): a limit; memory that would have to be locked
 
@@ -136,10 +138,13 @@ def sweep(seen: Snapshot, memory: Memory) -> None:
     """
     sweep_stubs(seen.pid, memory)
     spans = _garbage(seen, memory)
-    descriptors = leaked_descriptors(seen.pid)
-    if spans or descriptors:
+    descriptors = leaked_memory_files(seen.pid)
+    if spans:
         with RemoteCaller(seen.pid, memory) as caller:
-            _remove(caller, spans, descriptors)
+            unmap(caller, spans)
+    for descriptor in descriptors:
+        with RemoteCaller(seen.pid, memory, candidates=among(descriptor.threads)) as caller:
+            caller.close(descriptor.number)
 
 
 def sweep_stubs(pid: int, memory: Memory) -> None:
@@ -151,12 +156,6 @@ def sweep_stubs(pid: int, memory: Memory) -> None:
 def _garbage(seen: Snapshot, memory: Memory) -> tuple[tuple[int, int], ...]:
     prepared = [record for record in seen.records if record.state is State.PREPARED]
     return tuple(span for record in prepared for span in own_mappings(record, seen.maps, memory))
-
-
-def _remove(caller: RemoteCaller, spans: Sequence[tuple[int, int]], descriptors: Sequence[int]) -> None:
-    unmap(caller, spans)
-    for descriptor in descriptors:
-        caller.close(descriptor)
 
 
 def span_of(binding: Binding) -> int:
@@ -220,21 +219,16 @@ def _map_sealed(image: Image, memory: Memory, on_step: OnStep) -> bool:
     Two visits: between them the file is filled from here, and no thread of the target is held for that.
     """
     with RemoteCaller(memory.pid, memory) as caller:
-        descriptor = make_memory_file(caller)
-    if descriptor is None:
+        file = make_memory_file(caller)
+    if file is None:
         return False
     on_step("memory file")
-    try:
-        fill_memory_file(memory.pid, descriptor, image)
-    except BaseException:
-        with RemoteCaller(memory.pid, memory) as caller:
-            caller.close(descriptor)
-        raise
-    with RemoteCaller(memory.pid, memory) as caller:
+    fill_memory_file(memory.pid, file, image)  # where it fails, ``sweep`` closes the file
+    with RemoteCaller(memory.pid, memory, candidates=among(file.threads)) as caller:
         try:
-            return _map_or_not(caller, memory, image, descriptor)
+            return _map_or_not(caller, memory, image, file.number)
         finally:
-            caller.close(descriptor)
+            caller.close(file.number)
 
 
 def _map_or_not(caller: RemoteCaller, memory: Memory, image: Image, descriptor: int) -> bool:

@@ -5,7 +5,6 @@ Two livegrafts that change one process at the same time would compute from the s
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,11 +17,11 @@ from .interruption import deferred, heed
 from .memory import Memory
 from .modules import Module, modules
 from .proc import Mapping, mapping_over, mappings, status
-from .record import MEMFD_PATH, DamagedRecord, Record, find_records, permissions, segment_digest
-from .tracees import require_main_thread, require_traceable
+from .record import DamagedRecord, Record, find_records, permissions, segment_digest
+from .tracees import require_traceable
 
 # Not the file that a single remote call locks: this lock is held around many of them.
-_LOCK = "auxv"
+_LOCK = "syscall"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +54,6 @@ def open_target(pid: int) -> Iterator[Memory]:
     with deferred():
         heed()
         found = require_traceable(pid)
-        require_main_thread(found)
         require_permitted(found)
         require_fit(found)
         with exclusive(pid, _LOCK), Memory(pid) as memory:
@@ -70,20 +68,6 @@ def require_intact(seen: Snapshot) -> None:
             why="; ".join(f"at {item.address:#x}: {item.why}" for item in seen.damaged),
             next_step="restart the program; until then livegraft does not touch it",
         )
-
-
-def leaked_descriptors(pid: int) -> tuple[int, ...]:
-    """Return the descriptors of the process that a patcher which was killed has left open, ascending."""
-    folder = f"/proc/{pid}/fd"
-    found = []
-    for name in os.listdir(folder):  # noqa: PTH208
-        try:
-            path = os.readlink(f"{folder}/{name}")  # noqa: PTH115
-        except FileNotFoundError:
-            continue  # closed between the two looks
-        if path.removesuffix(" (deleted)") == MEMFD_PATH:
-            found.append(int(name))
-    return tuple(sorted(found))
 
 
 def own_mappings(record: Record, maps: Sequence[Mapping], memory: Memory) -> tuple[tuple[int, int], ...]:

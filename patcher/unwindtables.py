@@ -12,7 +12,7 @@ from elfdiff.errors import BadInput
 
 from .memory import Memory
 from .modules import PT_GNU_EH_FRAME, PT_LOAD, Module, modules
-from .proc import Mapping
+from .proc import Mapping, living_thread
 
 _PF_X = 1
 _PAGE = 4096
@@ -76,7 +76,7 @@ def _eh_frame_of_executable(image: Module, memory: Memory) -> tuple[int, int] | 
     Section headers are not in memory, so the file is read, which the kernel keeps even if it was deleted.
     """
     try:
-        with open(f"/proc/{memory.pid}/exe", "rb") as file:
+        with open(f"/proc/{memory.pid}/task/{living_thread(memory.pid)}/exe", "rb") as file:
             head = file.read(_PAGE)
             if head != memory.read(image.low, len(head)):
                 return None  # not the executable

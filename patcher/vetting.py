@@ -17,7 +17,7 @@ from trampolines.entry_x86_64 import ENTRY_JUMP_SIZE, entry_jump_target
 
 from .binding import PF_X
 from .modules import Module
-from .proc import Mapping, mapping_over
+from .proc import Mapping, by_living_thread, mapping_over
 from .record import MEMFD_PATH, JournalEntry, Record, State
 
 
@@ -95,7 +95,8 @@ def _mapped_file(pid: int, mapping: Mapping) -> Iterator[int | None]:
     neither has no more rights than the target, and a forged record gains it nothing.
     """
     try:
-        descriptor = os.open(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}", os.O_RDONLY | os.O_CLOEXEC)
+        name = f"map_files/{mapping.start:x}-{mapping.end:x}"
+        descriptor = by_living_thread(pid, lambda tid: os.open(f"/proc/{tid}/{name}", os.O_RDONLY | os.O_CLOEXEC))
     except PermissionError:
         yield None
         return

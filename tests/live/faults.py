@@ -25,10 +25,10 @@ from elfdiff.patchfile import write_patch
 from elfdiff.secondopinion import confirm_with_lief
 from fixtures.intact import altered_code
 from patcher import cli, seam, transaction
+from patcher.descriptors import leaked_memory_files
 from patcher.inspection import inspect_process
 from patcher.proc import status, thread_ids
 from patcher.record import State
-from patcher.target import leaked_descriptors
 from tests.live.answering import Answering, Versions
 
 PATIENCE = 60.0  # seconds until a patcher counts as stuck; an ordinary one takes a tenth of one
@@ -231,7 +231,7 @@ class Scene:
         for words, version in ((("apply", "2"), 2), (("revert",), 1)):
             self.succeed(program, words)
             self.assert_sound(program, version)
-        assert not leaked_descriptors(program.pid)
+        assert not leaked_memory_files(program.pid)
         assert altered_code(program.pid) == []
         assert not [item for item in inspect_process(program.pid).patches if item.record.state is State.PREPARED]
 

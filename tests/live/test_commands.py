@@ -133,31 +133,6 @@ def test_processes_that_cannot_be_patched(running: Answering, patch: Path) -> No
     assert f"thread of process {running.pid}" in fails(2, "bad-input", "revert", "--pid", thread)["why"]
 
 
-LEADERLESS = """
-#include <pthread.h>
-#include <stdio.h>
-#include <unistd.h>
-static void *work(void *leader) {
-  pthread_join(*(pthread_t *)leader, 0); puts("alone"); fflush(stdout); for (;;) pause(); }
-int main(void) { static pthread_t leader; pthread_t t; leader = pthread_self(); pthread_create(&t, 0, work, &leader);
-  pthread_exit(0); }
-"""
-
-
-def test_a_process_whose_main_thread_has_ended_is_refused(patch: Path, tmp_path: Path) -> None:
-    source, program = tmp_path / "leaderless.c", tmp_path / "leaderless"
-    source.write_text(LEADERLESS)
-    subprocess.run(["gcc", "-pthread", "-o", program, source], check=True)
-    with subprocess.Popen([program], stdout=subprocess.PIPE) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == b"alone\n"
-            for words in (("apply", patch), ("check", patch), ("revert",), ("status",)):
-                assert "main thread" in fails(4, "refused", *words, "--pid", process.pid)["what"]
-        finally:
-            process.kill()
-
-
 def test_a_kernel_thread_is_no_target(patch: Path) -> None:
     if Path("/proc/2/comm").exists() and Path("/proc/2/comm").read_text() == "kthreadd\n":
         assert "kernel thread" in fails(2, "bad-input", "apply", patch, "--pid", 2)["why"]

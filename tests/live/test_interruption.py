@@ -14,11 +14,11 @@ import pytest
 
 from elfdiff.errors import BadInput
 from fixtures.intact import altered_code
+from patcher.descriptors import leaked_memory_files
 from patcher.inspection import CarriedPatch, inspect_process
 from patcher.memory import Memory
 from patcher.proc import mappings
 from patcher.record import STATE_OFFSET, RecordedSegment, State, encode_slot, state_word
-from patcher.target import leaked_descriptors
 from patcher.transaction import apply, revert
 from tests.live.answering import ANSWERS, CHANGED, SPREAD, Answering, Versions, killed_at, versions
 
@@ -44,7 +44,7 @@ def patches(program: Answering) -> dict[str, CarriedPatch]:
 def settled(program: Answering, version: int) -> None:
     """One version runs, whole; nothing of a dead patcher is left."""
     program.answers(version)
-    assert not leaked_descriptors(program.pid)
+    assert not leaked_memory_files(program.pid)
     found = patches(program).values()
     assert all(item.as_it_should_be and not item.record.interrupted for item in found)
     if version == 1:

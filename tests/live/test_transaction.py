@@ -367,7 +367,7 @@ def test_a_process_that_is_traced_is_left_alone_and_the_tracer_named(running: An
 
 
 def test_two_livegrafts_do_not_work_on_one_process(running: Answering, built: Versions) -> None:
-    with exclusive(running.pid, "auxv"), pytest.raises(Busy, match="another livegraft"):
+    with exclusive(running.pid, "syscall"), pytest.raises(Busy, match="another livegraft"):
         apply(running.pid, built.to[2])
     running.answers(1)
 
