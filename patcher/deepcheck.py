@@ -1,11 +1,10 @@
 """The deep check: does a stack that no thread runs on return into a forbidden function?
 
 Coroutines that are switched away (makecontext(3), hand-made switches, setjmp(3) with stacks of its own) have their
-frames anywhere in writable memory. Nothing tells where, so all of it is searched for words that are return addresses in
-a forbidden range: a call ends there. Whatever made the switch, it was called, so that its return address is
-in memory. Program counters of other kinds are looked for as well: those of signal frames, and those that glibc
-hides in a jmp_buf. What lies on the stack of a thread that was unwound to its beginning is that thread's affair
-(``threadstacks``).
+frames anywhere in writable memory. Nothing tells where, so all of it is searched for words that lead into a forbidden
+range and not to the start of a function: return addresses, the program counters of signal frames, and those that glibc
+hides in a jmp_buf. Whatever made the switch, it was called, or has saved where it is, so that there is such a word.
+What lies on the stack of a thread that was unwound to its beginning is that thread's affair (``threadstacks``).
 
 A word that is found need not be a frame: it may have been left over by a call that has returned. So it counts as
 live, and is not certain.
@@ -14,8 +13,9 @@ live, and is not certain.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -33,16 +33,16 @@ from .mangling_x86_64 import POINTER_GUARD, mangled, unmangled
 from .memory import Memory
 from .proc import Mapping, start_stack
 from .threadstacks import OwnMemory, own_memory
-from .unwind import Stack
+from .unwind import Unwinder
 
 if TYPE_CHECKING:
     from .stopped import StoppedThread
 
 _BYTES_PER_SECOND = 3e9  # for what is said about a process that has too much
+_NO_NUMBER = 1 << 32  # programs have many numbers below, and few above that happen to be addresses of code
 _MOST_FOUND = 256  # then the answer is known
 _ENTRY_JUMP = b"\xe9"
 
-Unwind = Callable[["StoppedThread"], Stack]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,24 +62,36 @@ class Found:
 
     def words(self) -> str:
         """For people."""
-        return f"{self.kind} lies at {self.address:#x} in {self.where}, on the stack of no thread"
+        return f"{self.kind} lies at {self.address:#x} in {self.where}, not on the stack of a thread"
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Hits:
-    """Words of interest, their addresses and what they mean; all of one length."""
+    """Words of interest: where they are, what they are, where they lead, and what kind they are of; of one length."""
 
-    addresses: list[NDArray[np.uint64]]
-    words: list[NDArray[np.uint64]]
-    pcs: list[NDArray[np.uint64]]
-    kinds: list[NDArray[np.uint8]]
+    addresses: NDArray[np.uint64]
+    words: NDArray[np.uint64]
+    pcs: NDArray[np.uint64]
+    kinds: NDArray[np.uint8]
 
-    def add(self, chunk: Chunk, at: NDArray[np.intp], pcs: NDArray[np.uint64], kind: int) -> None:
-        if len(at):
-            self.addresses.append(chunk.addresses(at))
-            self.words.append(chunk.words[at])
-            self.pcs.append(pcs)
-            self.kinds.append(np.full(len(at), kind, dtype=np.uint8))
+    def only(self, which: NDArray[np.bool_]) -> _Hits:
+        return _Hits(self.addresses[which], self.words[which], self.pcs[which], self.kinds[which])
+
+
+def _hits(chunk: Chunk, at: NDArray[np.intp], pcs: NDArray[np.uint64], kind: int) -> _Hits:
+    return _Hits(chunk.addresses(at), chunk.words[at], pcs, np.full(len(at), kind, dtype=np.uint8))
+
+
+def _together(hits: Sequence[_Hits]) -> _Hits:
+    if not hits:
+        nothing = np.zeros(0, dtype=np.uint64)
+        return _Hits(nothing, nothing, nothing, np.zeros(0, dtype=np.uint8))
+    return _Hits(
+        np.concatenate([item.addresses for item in hits]),
+        np.concatenate([item.words for item in hits]),
+        np.concatenate([item.pcs for item in hits]),
+        np.concatenate([item.kinds for item in hits]),
+    )
 
 
 _PLAIN, _MANGLED, _SIGNAL = range(3)
@@ -96,7 +108,7 @@ class DeepCheck:
         # A pointer to a function is no return address, wherever it is kept.
         self._inside = ForbiddenRanges([replace(item, harmless_at_start=True) for item in forbidden])
         self._starts = sorted(item.start for item in forbidden)
-        self._calls: dict[int, bool] = {}
+        self._leads_back: dict[int, bool] = {}
         self._found: tuple[Found, ...] = ()
         self._start_stack = start_stack(memory.pid)
         self._deep = DeepMemory(memory.pid)
@@ -137,7 +149,7 @@ class DeepCheck:
         )
 
     def check(
-        self, threads: Sequence[StoppedThread], restorers: Sequence[int], unwind: Unwind
+        self, threads: Sequence[StoppedThread], restorers: Sequence[int], unwinder: Unwinder
     ) -> tuple[tuple[Found, ...], int]:
         """What may lead back into a forbidden range from memory that is no running thread's stack, and bytes searched.
 
@@ -147,9 +159,11 @@ class DeepCheck:
         survey = self._survey()
         hits = self._search(survey, restorers, self._guards(threads), stopped=True)
         self._found = ()
-        if hits.addresses:
-            own = OwnMemory(self._own_memory(hits, threads, survey, unwind))
-            self._found = tuple(self._judged(hits, survey, own))
+        seen = _together(hits)
+        seen = seen.only((seen.kinds == _SIGNAL) | self._lead_back(seen.pcs, unwinder))
+        if len(seen.pcs):
+            own = OwnMemory(self._own_memory(seen.addresses, threads, survey, unwinder))
+            self._found = tuple(self._named(seen.only(~own.holds(seen.addresses)), survey))
         return self._found, survey.size
 
     def persists(self) -> bool:
@@ -164,69 +178,62 @@ class DeepCheck:
 
     def _guards(self, threads: Sequence[StoppedThread]) -> tuple[int, ...]:
         """What glibc hides program counters with: one for the whole process, kept by every thread."""
-        places = [(thread.registers.fs_base + POINTER_GUARD, 8) for thread in threads if thread.registers.fs_base]
-        try:
-            held = self._memory.read_many(places)
-        except LivegraftError:
-            return ()  # then it has no such thing: no C library, or another one
-        return tuple(sorted({int.from_bytes(data, "little") for data in held} - {0}))
+        places = [thread.registers.fs_base + POINTER_GUARD for thread in threads if thread.registers.fs_base]
+        return tuple(sorted({self._word(place) or 0 for place in places} - {0}))
 
     # --- the search ---
 
-    def _search(self, survey: Survey, restorers: Sequence[int], guards: Sequence[int], *, stopped: bool) -> _Hits:
-        hits = _Hits([], [], [], [])
+    def _search(
+        self, survey: Survey, restorers: Sequence[int], guards: Sequence[int], *, stopped: bool
+    ) -> list[_Hits]:
+        hits: list[_Hits] = []
         frames = np.array(restorers, dtype=np.uint64)
         for chunk in self._deep.chunks(survey, stopped=stopped):
             at = self._ranges.return_addresses(chunk.words)
             if len(at):
-                self._sort_out(chunk, at, frames, hits)
+                hits += self._sorted_out(chunk, at, frames)
             for guard in guards:
-                self._search_mangled(chunk, guard, hits)
+                hits += self._mangled(chunk, guard)
         return hits
 
-    def _sort_out(self, chunk: Chunk, at: NDArray[np.intp], frames: NDArray[np.uint64], hits: _Hits) -> None:
+    def _sorted_out(self, chunk: Chunk, at: NDArray[np.intp], frames: NDArray[np.uint64]) -> Iterator[_Hits]:
         """Tell program counters of signal frames, which may be any, from return addresses."""
-        words = chunk.words[at]
         in_frame = np.isin(chunk.lead[at + (LEAD - SIGFRAME_RIP // 8)], frames)
-        hits.add(chunk, at[in_frame], words[in_frame], _SIGNAL)
+        yield _hits(chunk, at[in_frame], chunk.words[at[in_frame]], _SIGNAL)
         rest = at[~in_frame]
         rest = rest[self._inside.return_addresses(chunk.words[rest])]
-        hits.add(chunk, rest, chunk.words[rest], _PLAIN)
+        yield _hits(chunk, rest, chunk.words[rest], _PLAIN)
 
-    def _search_mangled(self, chunk: Chunk, guard: int, hits: _Hits) -> None:
+    def _mangled(self, chunk: Chunk, guard: int) -> Iterator[_Hits]:
         at = mangled(chunk.words, guard)
         if len(at):
             pcs = unmangled(chunk.words[at], guard)
             inside = self._inside.return_addresses(pcs)
-            hits.add(chunk, at[inside], pcs[inside], _MANGLED)
+            yield _hits(chunk, at[inside], pcs[inside], _MANGLED)
 
     # --- the verdict ---
 
     def _own_memory(
-        self, hits: _Hits, threads: Sequence[StoppedThread], survey: Survey, unwind: Unwind
+        self, addresses: NDArray[np.uint64], threads: Sequence[StoppedThread], survey: Survey, unwinder: Unwinder
     ) -> Iterator[tuple[int, int]]:
-        """The stacks of the threads that have a hit near them."""
-        addresses = np.sort(np.concatenate(hits.addresses))
+        """The stacks of the threads that have one of the addresses near them."""
+        addresses = np.sort(addresses)
         for thread in threads:
             registers = thread.registers
             near = [survey.mapping(address) for address in (registers.rsp, registers.fs_base)]
             is_main = thread.tid == self._memory.pid
             near += [mapping for mapping in survey.maps if is_main and mapping.path == "[stack]"]
             if any(mapping is not None and _any_in(addresses, mapping) for mapping in near):
+                stack = unwinder.unwind(registers, self._memory.read)
                 begin = self._start_stack if is_main else None
-                yield from own_memory(thread, unwind(thread), survey.maps, self._memory, start_stack=begin)
+                yield from own_memory(thread, stack, survey.maps, self._memory, start_stack=begin)
 
-    def _judged(self, hits: _Hits, survey: Survey, own: OwnMemory) -> Iterator[Found]:
-        addresses, words = np.concatenate(hits.addresses), np.concatenate(hits.words)
-        pcs, kinds = np.concatenate(hits.pcs), np.concatenate(hits.kinds)
-        kept = ~own.holds(addresses)
-        kept &= (kinds == _SIGNAL) | self._after_calls(pcs)
-        for at in np.flatnonzero(kept)[:_MOST_FOUND].tolist():
-            address, pc, kind = int(addresses[at]), int(pcs[at]), int(kinds[at])
+    def _named(self, hits: _Hits, survey: Survey) -> Iterator[Found]:
+        rows = (hits.addresses.tolist(), hits.words.tolist(), hits.pcs.tolist(), hits.kinds.tolist())
+        for address, word, pc, kind in islice(zip(*rows, strict=True), _MOST_FOUND):
             name = self._name(pc, kind)
             if name:
-                where = _described(survey.mapping(address))
-                yield Found(name, address, int(words[at]), pc, where, _KINDS[kind])
+                yield Found(name, address, word, pc, _described(survey.mapping(address)), _KINDS[kind])
 
     def _name(self, pc: int, kind: int) -> str:
         if kind != _SIGNAL:
@@ -234,15 +241,21 @@ class DeepCheck:
         found = self._ranges.of_instruction(pc, next_instruction=True)
         return found.name if found is not None else ""
 
-    def _after_calls(self, pcs: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """Whether a call ends at each of these addresses."""
+    def _lead_back(self, pcs: NDArray[np.uint64], unwinder: Unwinder) -> NDArray[np.bool_]:
+        """Whether each of these addresses may be where a function goes on.
+
+        The start of a function is none, although a call may end there: one that never returns, which compilers put at
+        the end of the function before. Pointers to functions are everywhere. A number that is an address by chance is
+        told by the call that should be before it; of large ones there are hardly any, so those need no call: a switch
+        that is no call may have left one.
+        """
         unique, which = np.unique(pcs, return_inverse=True)
-        unknown = [pc for pc in unique.tolist() if pc not in self._calls]
+        unknown = [pc for pc in unique.tolist() if pc not in self._leads_back]
         held = self._memory.read_many([(pc - LONGEST_CALL, LONGEST_CALL) for pc in unknown])
         for pc, code in zip(unknown, held, strict=True):
-            self._calls[pc] = ends_with_call(code) or self._behind_an_entry_jump(pc)
-        return np.array([self._calls[pc] for pc in unique.tolist()], dtype=np.bool_)[which]
-
+            plausible = pc >= _NO_NUMBER or ends_with_call(code) or self._behind_an_entry_jump(pc)
+            self._leads_back[pc] = plausible and not unwinder.begins_function(pc)
+        return np.array([self._leads_back[pc] for pc in unique.tolist()], dtype=np.bool_)[which]
 
     def _behind_an_entry_jump(self, pc: int) -> bool:
         """Whether the call may have been overwritten by an entry jump."""
@@ -252,7 +265,7 @@ class DeepCheck:
 
 
 _KINDS = {
-    _PLAIN: "a return address",
+    _PLAIN: "an address in it",
     _MANGLED: "a jump buffer of setjmp",
     _SIGNAL: "the program counter of a signal frame",
 }

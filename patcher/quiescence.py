@@ -201,16 +201,13 @@ class StackCheck:
         live = [frame for item in suspects for frame in self._judge(item)]
         if live or self._deep is None:
             return Quiescence(tuple(live), len(examined), scanned, len(suspects))
-        found, searched = self._deep.check(threads, self._restorers.addresses, self._unwind)
+        found, searched = self._deep.check(threads, self._restorers.addresses, self._unwinder)
         parked = tuple(LiveFrame(0, item.name, item.pc, None, False, (), item.words()) for item in found)
         return Quiescence(parked, len(examined), scanned, len(suspects), searched)
 
     def parked(self) -> bool:
         """Whether what the deep check has found is still there, by a look that stops nobody."""
         return self._deep is not None and self._deep.persists()
-
-    def _unwind(self, thread: StoppedThread) -> Stack:
-        return self._unwinder.unwind(thread.registers, self._memory.read)
 
     def _is_suspect(self, item: _Examined) -> bool:
         executing = self._ranges.of_instruction(item.rip, next_instruction=True)
