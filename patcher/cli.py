@@ -39,11 +39,12 @@ VERBS = {
     "revert": "Take a patch out of force again.",
     "blocking": "Show what is in the way of a patch: which thread is in which function that changes.",
     "status": "Show which patches a process carries.",
+    "doctor": "Say whether livegraft can work here, and on a process.",
     "outdated": "List the processes that run files which an upgrade has deleted or replaced.",
 }
 """Verb -> first line of its module's docstring; here too, so that the help needs none of the modules."""
 
-_ENDED_AT_ONCE = frozenset({"", "diff", "inspect", "outdated", "status"})
+_ENDED_AT_ONCE = frozenset({"", "diff", "doctor", "inspect", "outdated", "status"})
 """Verbs that stop no process and write to none: a signal may end them anywhere."""
 
 _ending = threading.Event()

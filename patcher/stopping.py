@@ -17,17 +17,17 @@ import os
 import time
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from types import TracebackType
 
 from elfdiff.errors import BadInput, LivegraftError
 
 from . import batch, obstacles, ptrace, tracees
 from .interruption import deferred, heed
-from .proc import status, thread_ids
+from .proc import thread_ids
 from .quiet import Undisturbed
 from .registers_x86_64 import PLAIN_EINTR_RESULT, RAX, Registers
 from .stopped import StoppedThread, StoppedThreads
+from .surroundings import waiting_place
 from .tracees import GONE, Stop, StopKind
 
 DEFAULT_TIMEOUT = 1.0
@@ -186,7 +186,7 @@ class SeizedProcess:
             )
 
     def _did_not_stop(self, timeout: float) -> LivegraftError:
-        details = tuple(_where(self.pid, tid) for tid in sorted(self._running))
+        details = tuple(waiting_place(self.pid, tid) for tid in sorted(self._running))
         obstacle = obstacles.does_not_stop(self.pid, len(self._running), timeout, details)
         assert obstacle is not None
         return obstacle.as_error()
@@ -301,12 +301,3 @@ def _interrupt(tids: Collection[int]) -> None:
         except ptrace.PtraceFailed as error:
             if not error.gone:
                 raise  # a thread that is gone is reported by waitpid
-
-
-def _where(pid: int, tid: int) -> str:
-    try:
-        state = status(tid).state
-        channel = Path(f"/proc/{pid}/task/{tid}/wchan").read_text(encoding="ascii") or "0"
-    except (BadInput, OSError) as error:
-        return f"thread {tid}: {error}"
-    return f"thread {tid}: state {state}, waits in {channel}"

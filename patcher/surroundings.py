@@ -131,6 +131,16 @@ def _threads(pid: int) -> Iterator[ProcessStatus]:
             continue  # ended meanwhile
 
 
+def waiting_place(pid: int, tid: int) -> str:
+    """Return a line that says in what state a thread is and where in the kernel it waits; never raises."""
+    try:
+        state = status(tid).state
+        channel = Path(f"/proc/{pid}/task/{tid}/wchan").read_text(encoding="ascii") or "0"
+    except (BadInput, OSError) as error:
+        return f"thread {tid}: {error}"
+    return f"thread {tid}: state {state}, waits in {channel}"
+
+
 @dataclass(frozen=True, slots=True)
 class Freezer:
     """A frozen control group: ``file`` is where it says so, ``thaw`` the text that thaws it."""

@@ -271,7 +271,7 @@ def require_traceable(pid: int) -> ProcessStatus:
     """
     fitness.require_proc()
     found = status(pid)
-    obstacle = obstacles.not_a_target(pid, found.name, _not_a_target(pid, found))
+    obstacle = obstacles.not_a_target(pid, found.name, why_not_a_target(pid, found))
     if obstacle is not None:
         raise obstacle.as_error()
     return found
@@ -288,7 +288,8 @@ def require_main_thread(found: ProcessStatus) -> None:
         raise obstacle.as_error()
 
 
-def _not_a_target(pid: int, found: ProcessStatus) -> str:
+def why_not_a_target(pid: int, found: ProcessStatus) -> str:
+    """Return why a process can never be patched, or an empty string."""
     if found.tgid == os.getpid():
         return "it is this very process"
     if found.tgid != pid:

@@ -40,7 +40,7 @@ class Verb(Protocol):
 
 def add_pid(parser: argparse.ArgumentParser) -> None:
     """Add ``--pid``, the process to work on."""
-    parser.add_argument("--pid", type=_pid, required=True, metavar="PID", help="the process")
+    parser.add_argument("--pid", type=process_id, required=True, metavar="PID", help="the process")
 
 
 def add_timeout(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +78,8 @@ def _mebibytes(text: str) -> int:
     return int(text) << 20
 
 
-def _pid(text: str) -> int:
+def process_id(text: str) -> int:
+    """Read a process id, for argparse. Raises ArgumentTypeError."""
     value = int(text) if text.isascii() and text.isdigit() else 0
     if not 0 < value < 1 << 31:
         raise argparse.ArgumentTypeError(f"{text!r} is not a process id")
