@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from elfdiff.errors import Refused
