@@ -53,18 +53,6 @@ def not_a_target(pid: int, name: str, why: str) -> Obstacle | None:
     return Obstacle(BadInput, f"process {pid} ({name}) cannot be patched", why, "give the pid of another process")
 
 
-def ended_main_thread(pid: int, name: str, ended: bool) -> Obstacle | None:
-    """Its main thread has ended: ``/proc/PID/mem`` and ``/proc/PID/maps``, which are that thread's, are empty."""
-    if not ended:
-        return None
-    return Obstacle(
-        Refused,
-        f"the main thread of process {pid} ({name}) has ended, though others live",
-        "its memory and mappings cannot be looked at by way of the main thread",
-        "restart the program",
-    )
-
-
 def traced(pid: int, name: str, tracer: int, tracer_name: str) -> Obstacle | None:
     """Somebody else traces it (ptrace(2)): a debugger, strace, another patcher. ``tracer`` 0: nobody."""
     if not tracer:

@@ -277,17 +277,6 @@ def require_traceable(pid: int) -> ProcessStatus:
     return found
 
 
-def require_main_thread(found: ProcessStatus) -> None:
-    """Refuse a process whose main thread has ended before the others.
-
-    The kernel releases a thread's address space when it ends, and ``/proc/PID/mem`` and ``/proc/PID/maps`` are the
-    main thread's (proc(5)). Raises Refused.
-    """
-    obstacle = obstacles.ended_main_thread(found.pid, found.name, found.zombie)
-    if obstacle is not None:
-        raise obstacle.as_error()
-
-
 def why_not_a_target(pid: int, found: ProcessStatus) -> str:
     """Return why a process can never be patched, or an empty string."""
     if found.tgid == os.getpid():
