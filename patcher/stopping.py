@@ -23,7 +23,7 @@ from elfdiff.errors import BadInput, LivegraftError
 
 from . import batch, obstacles, ptrace, tracees
 from .interruption import deferred, heed
-from .proc import thread_ids
+from .proc import thread_count, thread_ids
 from .quiet import Undisturbed
 from .registers_x86_64 import PLAIN_EINTR_RESULT, RAX, Registers
 from .stopped import StoppedThread, StoppedThreads
@@ -133,10 +133,11 @@ class SeizedProcess:
             if self._running:
                 raise self._did_not_stop(timeout)
             self._require_same_program()
-            if not self._all_are_stopped():
-                self._seize_new(_LATE_OPTIONS)
-            if not self._running:
+            complete = self._all_are_stopped() or self._seize_new(_LATE_OPTIONS)
+            if complete and not self._running:
                 break
+            if time.monotonic() >= deadline:
+                raise self._did_not_stop(timeout)
             _interrupt(self._running)
         if not self._stops:
             raise BadInput(
@@ -191,17 +192,24 @@ class SeizedProcess:
         assert obstacle is not None
         return obstacle.as_error()
 
-    def _seize_new(self, options: ptrace.Option) -> None:
-        """Seize the threads that appeared; repeat until a look at the task list shows nothing new."""
+    def _seize_new(self, options: ptrace.Option) -> bool:
+        """Seize the threads that appeared; repeat until a look at the task list shows nothing new.
+
+        Returns whether that list had all threads in it: one that exits while the list is made may take the place of
+        another in it (next_tid and first_tid, fs/proc/base.c), so its length has to be their number.
+        """
         new = True
         while new:
             new = False
-            for tid in thread_ids(self.pid):
+            listed = thread_ids(self.pid)
+            complete = len(listed) == thread_count(self.pid)
+            for tid in listed:
                 if tid in self._running or tid in self._stops or tid in self._dead:
                     continue
                 new = True
                 alive = tracees.try_seize(self.pid, tid, options)
                 (self._running if alive else self._dead).add(tid)
+        return complete
 
     def _read_threads(self, buffer: ctypes.Array[Registers]) -> StoppedThreads:
         tids = sorted(self._stops)
