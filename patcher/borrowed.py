@@ -58,6 +58,7 @@ _FILTERED = 3  # above every other rank
 _STOP_TIMEOUT = 0.25  # seconds for one thread to stop before the next is asked
 _CALL_TIMEOUT = 10.0  # seconds for a call; mmap may wait for the lock of the whole address space
 _RETRY_PAUSE = 1e-3
+_NO_CHILD = "waitpid(2) reports no such thread of ours"
 _MOST_STOPS = 100  # group-stops on the way to a system call; each takes a SIGSTOP from outside
 
 _RSEQ_CS = struct.Struct("<IIQQQ")  # struct rseq_cs, linux/rseq.h: version, flags, start, length, abort
@@ -67,7 +68,8 @@ _RSEQ_CS = struct.Struct("<IIQQQ")  # struct rseq_cs, linux/rseq.h: version, fla
 class Borrowed:
     """A stopped thread. ``registers`` are what it gets back; ``seccomp`` is the mode that is suspended, 0 for none.
 
-    ``lost`` becomes true where it could not be stopped again: it is still in the stub.
+    ``lost`` becomes true where it could not be stopped again, or is said to be gone: it may still be in the stub,
+    which must stay.
     """
 
     tid: int
@@ -120,8 +122,13 @@ class Borrowed:
         except PtraceFailed as error:
             if not error.gone:
                 raise
-            tracees.abandon(self.tid)  # killed in its stop: it is still to be reaped
+            self._require_gone(error.why)
             return None
+
+    def _require_gone(self, why: str) -> None:
+        tracees.abandon(self.tid)  # killed in its stop: it is still to be reaped
+        self.lost = True
+        tracees.require_gone(self.tid, why)
 
     def _passing_call(self) -> int:
         """Return a call that the thread's filter lets pass and that does nothing where its arguments are all -1.
@@ -135,6 +142,7 @@ class Borrowed:
     def _run(self, number: int, args: tuple[int, ...]) -> int | None:
         stop = self._step()
         if stop.kind is StopKind.GONE:
+            self._require_gone(_NO_CHILD)
             return None
         if stop.kind is StopKind.SIGNAL:
             self.give_back(stop)
@@ -148,6 +156,7 @@ class Borrowed:
             ptrace.write_registers(self.tid, entered)
         stop = self._step()
         if stop.kind is StopKind.GONE:
+            self._require_gone(_NO_CHILD)
             return None
         if stop.kind is not StopKind.SYSCALL:
             raise _unexpected(self.tid, f"it stopped ({stop.kind.value}) instead of leaving the call")
@@ -171,8 +180,17 @@ class Borrowed:
         raise _unexpected(self.tid, "it is stopped by SIGSTOP again and again")
 
     def put_back(self) -> None:
-        """Give the thread its registers back, still stopped; it no longer needs the stub."""
-        ptrace.write_registers(self.tid, self.registers)
+        """Give the thread its registers back, still stopped; it no longer needs the stub.
+
+        Raises PtraceFailed: then it may still need the stub, unless it is gone.
+        """
+        try:
+            ptrace.write_registers(self.tid, self.registers)
+        except PtraceFailed as error:
+            if error.gone:
+                self._require_gone(error.why)
+            self.lost = True
+            raise
 
     def give_back(self, stop: Stop) -> None:
         """Give the thread its registers back and let it go, with the signal of ``stop`` if it has one."""
@@ -181,7 +199,8 @@ class Borrowed:
         except PtraceFailed as error:
             if not error.gone:
                 raise
-        tracees.detach(self.tid, stop)
+        else:
+            tracees.detach(self.tid, stop)
 
 
 def _set_arguments(registers: Registers, args: tuple[int, ...]) -> None:
@@ -208,12 +227,17 @@ def borrow(pid: int, memory: Memory, deadline: float, candidates: Candidates) ->
             if thread is not None:
                 return thread
         if time.monotonic() >= deadline:
-            raise Busy(
-                f"no thread of process {pid} could make a system call",
-                why="each was about to receive a signal, in a restartable sequence, or did not stop",
-                next_step="try again",
-            )
+            raise no_thread_is_fit(pid)
         time.sleep(_RETRY_PAUSE)
+
+
+def no_thread_is_fit(pid: int) -> Busy:
+    """Return the error for a process of which no thread could be made to make a system call in time."""
+    return Busy(
+        f"no thread of process {pid} could make a system call",
+        why="each was about to receive a signal, in a restartable sequence, or did not stop",
+        next_step="try again",
+    )
 
 
 def by_preference(pid: int) -> list[int]:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from elfdiff.errors import Busy, NotPermitted
+from elfdiff.errors import Busy, LivegraftError, NotPermitted
 
 from . import seam
 from .proc import no_such_process
@@ -22,7 +22,7 @@ def exclusive(pid: int, name: str = "personality") -> Iterator[None]:
     process belongs. ``name`` must be a file that nobody else may open, and that can be opened as well when the main
     thread has ended, or two patchers would lock different files (``personality``, ``syscall``; not ``mem``).
 
-    Raises Busy (somebody else holds it), BadInput (no such process), NotPermitted.
+    Raises Busy (somebody else holds it), BadInput (no such process), NotPermitted, LivegraftError (no lock to be had).
     """
     descriptor = _open(pid, name)
     try:
@@ -36,6 +36,12 @@ def exclusive(pid: int, name: str = "personality") -> Iterator[None]:
                 f"process {pid} is being patched by another livegraft",
                 why=f"it holds the lock on /proc/{pid}/{name}",
                 next_step="wait for it to end, and try again",
+            ) from error
+        except OSError as error:
+            raise LivegraftError(
+                f"process {pid} could not be held against other livegrafts",
+                why=f"flock(2) of /proc/{pid}/{name}: {error.strerror}",
+                next_step="try again",
             ) from error
         yield
     finally:
@@ -53,3 +59,5 @@ def _open(pid: int, name: str) -> int:
             why=f"/proc/{pid}/{name}: {error.strerror}",
             next_step="run as root",
         ) from error
+    except OSError as error:
+        raise LivegraftError(f"/proc/{pid}/{name} could not be opened", why=error.strerror or str(error)) from error

@@ -134,20 +134,30 @@ def map_image(caller: RemoteCaller, memory: Memory, image: Image, descriptor: in
 
     The caller must borrow only threads that have the descriptor.
 
-    All or nothing: on any error what was mapped is unmapped again. Raises PlaceTaken where something is there
-    already, RemoteCallError.
+    All or nothing: on any error what was mapped is unmapped again, or left to be swept where it is not known which
+    mappings were made: the record tells. Raises PlaceTaken where something is there already, RemoteCallError.
     """
     mapped: list[tuple[int, int]] = []
     offset = 0
+    answered = True
     try:
         for part in image.parts:
+            answered = False
             _map_part(caller, part, descriptor, offset)
+            answered = True
             mapped.append((part.start, len(part.data)))
             offset += len(part.data)
             if descriptor is None:
                 _fill_anonymous(memory, part)
-    except BaseException:
-        unmap(caller, tuple(reversed(mapped)))
+    except BaseException as error:
+        if not answered and not isinstance(error, (RemoteCallError, PlaceTaken)):
+            raise
+        try:
+            unmap(caller, tuple(reversed(mapped)))
+        except LivegraftError as failure:
+            if isinstance(error, PlaceTaken):
+                raise  # no other place is to be tried while something of ours is at this one
+            error.add_note(f"what was mapped could not be unmapped at once: {failure.what}: {failure.why}")
         raise
 
 

@@ -20,6 +20,7 @@ from .forbidden import ForbiddenRange
 from .memory import Memory
 from .modules import Module, module_of
 from .plan import PageWrite, Plan, StateWrite
+from .proc import has_exited, no_such_process
 from .quiescence import LiveFrame, StackCheck
 from .record import STATE_OFFSET
 from .returns import Waiting, Waits
@@ -183,13 +184,21 @@ def _write_states(
             on_step("state")
 
 
+def _put_back(memory: Memory, address: int, before: bytes) -> None:
+    # A write that failed has mostly written nothing, and then it need not be possible now.
+    if memory.read(address, len(before)) != before:
+        memory.write(address, before)
+
+
 def _roll_back(pages: Sequence[PageWrite], states: Sequence[StateWrite], memory: Memory, error: BaseException) -> None:
     try:
         for page in reversed(pages):
-            memory.write(page.address, page.before)
+            _put_back(memory, page.address, page.before)
         for state in reversed(states):
-            memory.write(state.record + STATE_OFFSET, state.before)
+            _put_back(memory, state.record + STATE_OFFSET, state.before)
     except LivegraftError as failure:
+        if has_exited(memory.pid):
+            raise no_such_process(memory.pid) from error
         raise TargetDamaged(
             f"process {memory.pid} is patched in part",
             why=f"a write failed ({error}), and so did putting back what was there ({failure.what}: {failure.why})",

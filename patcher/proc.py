@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from elfdiff.errors import BadInput, LivegraftError, NotPermitted
 
-_PF_KTHREAD = 0x00200000  # include/linux/sched.h; field 9 of /proc/PID/stat
+_PF_EXITING, _PF_KTHREAD = 0x00000004, 0x00200000  # include/linux/sched.h; field 9 of /proc/PID/stat
 _STAT_FLAGS = 9
 _STAT_THREADS = 20
 _STAT_START_TIME = 22
@@ -270,6 +270,23 @@ def status(pid: int) -> ProcessStatus:
         ns_pid=tuple(int(word) for word in fields.get("NSpid", str(pid)).split()),
         start_time=_stat_field(stat, _STAT_START_TIME),
     )
+
+
+def is_leaving(tid: int) -> bool:
+    """Whether a thread will execute no more instruction of its program: it has exited, or is about to."""
+    try:
+        stat = read_proc_file(tid, "stat")
+    except BadInput:
+        return True
+    return stat.rpartition(")")[2].split()[0] in "ZX" or bool(_stat_field(stat, _STAT_FLAGS) & _PF_EXITING)
+
+
+def has_exited(pid: int) -> bool:
+    """Whether no thread of a process will execute an instruction any more."""
+    try:
+        return all(map(is_leaving, thread_ids(pid)))
+    except BadInput:
+        return True
 
 
 def start_brk(pid: int) -> int:

@@ -24,12 +24,13 @@ from types import TracebackType
 from elfdiff.errors import LivegraftError
 from trampolines.stub_x86_64 import NAME_OFFSET, STUB_SIZE, stub
 
-from .borrowed import Borrowed, Candidates, borrow, borrow_thread, by_preference
+from .borrowed import Borrowed, Candidates, borrow, borrow_thread, by_preference, no_thread_is_fit
 from .caves import OldStub, find_caves, free_slot, no_room, old_stubs
 from .exclusive import exclusive
 from .memory import Memory
 from .modules import modules
 from .proc import mappings, thread_ids
+from .ptrace import PtraceFailed
 from .quiet import Undisturbed
 from .tracees import INTERRUPTED, release_abandoned, require_traceable
 
@@ -128,6 +129,12 @@ class RemoteCaller:
         """
         if len(args) > _MOST_ARGUMENTS:
             raise ValueError(f"a system call has at most {_MOST_ARGUMENTS} arguments")
+        if self._thread is not None and self._thread.lost:
+            raise LivegraftError(
+                f"{_name_of(number)} in process {self.pid} was not tried",
+                why=f"thread {self._thread.tid} did not come back from an earlier call",
+                next_step="try again",
+            )
         deadline = time.monotonic() + self._timeout
         while True:
             thread = self._thread or self._borrow(deadline)
@@ -136,6 +143,8 @@ class RemoteCaller:
                 self._thread = self._memory.poke = None  # it has been let go
             elif -result not in _INTERRUPTED:
                 break
+            if time.monotonic() >= deadline:
+                raise no_thread_is_fit(self.pid)
         if -_MAX_ERRNO <= result < 0:
             raise RemoteCallError(self.pid, number, args, -result)
         return result
@@ -159,10 +168,8 @@ class RemoteCaller:
     def _erase(self) -> None:
         if not self._written or not self._process_lives():
             return
-        thread = self._thread or self._borrow(time.monotonic() + self._timeout)
-        if thread.lost:
-            return  # it will still return through the stub
-        thread.put_back()
+        if not self._put_back():
+            return
         # While the thread is stopped: nobody can be in the stub, and a word can be poked.
         self._memory.write(self._slot, bytes(STUB_SIZE))
         if any(self._memory.read(self._slot, STUB_SIZE)):
@@ -172,6 +179,24 @@ class RemoteCaller:
                 next_step="nothing: what is left is never executed again",
             )
         self._written = False
+
+    def _put_back(self) -> bool:
+        """Hold a thread that has its own registers; False where the stub must stay, or has gone with the process."""
+        deadline = time.monotonic() + self._timeout
+        while True:
+            thread = self._thread or self._borrow(deadline)
+            if thread.lost:
+                return False  # it will still return through the stub
+            try:
+                thread.put_back()
+            except PtraceFailed as error:
+                if not error.gone:
+                    raise
+                self._thread = self._memory.poke = None  # killed in its stop
+                if not self._process_lives():
+                    return False
+            else:
+                return True
 
     def _process_lives(self) -> bool:
         try:

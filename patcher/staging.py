@@ -72,7 +72,7 @@ def stage(
     """Bring the patch into the process and return the plan that puts it in force.
 
     Raises Refused where there is no room or the entries are not as known, Busy and LivegraftError where the
-    target could not be made to map memory; then nothing of the patch is left in it.
+    target could not be made to map memory; then what is left of the patch in it is for ``sweep``.
     """
     for record in (*now.active, *now.idle):
         if record.contents.patch == binding.patch.id and _is_whole(record, binding, seen, memory):
@@ -226,9 +226,12 @@ def _map_sealed(image: Image, memory: Memory, on_step: OnStep) -> bool:
     fill_memory_file(memory.pid, file, image)  # where it fails, ``sweep`` closes the file
     with RemoteCaller(memory.pid, memory, candidates=among(file.threads)) as caller:
         try:
-            return _map_or_not(caller, memory, image, file.number)
-        finally:
-            caller.close(file.number)
+            done = _map_or_not(caller, memory, image, file.number)
+        except PlaceTaken:
+            caller.close(file.number)  # after any other error it is swept
+            raise
+        caller.close(file.number)
+    return done
 
 
 def _map_or_not(caller: RemoteCaller, memory: Memory, image: Image, descriptor: int) -> bool:

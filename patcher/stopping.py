@@ -122,6 +122,8 @@ class SeizedProcess:
             self._began = time.monotonic_ns()
             self._stop_all(time.monotonic() + timeout, timeout)
             self._threads = self._read_threads(buffer)
+            if not self._threads:
+                raise self._exited()
         except BaseException:
             self.resume_and_detach()
             raise
@@ -139,12 +141,17 @@ class SeizedProcess:
             if time.monotonic() >= deadline:
                 raise self._did_not_stop(timeout)
             _interrupt(self._running)
+        for tid in self._dead & set(thread_ids(self.pid)):
+            tracees.require_gone(tid, "waitpid(2), or a ptrace request, does not know it")
         if not self._stops:
-            raise BadInput(
-                f"process {self.pid} cannot be patched",
-                why="it exited while it was being stopped",
-                next_step="give the pid of a running process",
-            )
+            raise self._exited()
+
+    def _exited(self) -> BadInput:
+        return BadInput(
+            f"process {self.pid} cannot be patched",
+            why="it exited while it was being stopped",
+            next_step="give the pid of a running process",
+        )
 
     def _all_are_stopped(self) -> bool:
         """Whether there are no threads but those that have stopped.
@@ -244,6 +251,7 @@ class SeizedProcess:
             except ptrace.PtraceFailed as error:
                 if not error.gone:
                     raise
+                tracees.require_gone(tid, error.why)
                 continue  # killed in its stop; detaching it notices that, too
             found.append(tid)
         return StoppedThreads(found, buffer, self._stops)

@@ -9,14 +9,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from elfdiff.errors import TargetDamaged
+from elfdiff.errors import BadInput, LivegraftError, TargetDamaged
 
 from .exclusive import exclusive
 from .fitness import require_fit, require_permitted
 from .interruption import deferred, heed
 from .memory import Memory
 from .modules import Module, modules
-from .proc import Mapping, mapping_over, mappings, status
+from .proc import Mapping, has_exited, mapping_over, mappings, status
 from .record import DamagedRecord, Record, find_records, permissions, segment_digest
 from .tracees import require_traceable
 
@@ -56,8 +56,23 @@ def open_target(pid: int) -> Iterator[Memory]:
         found = require_traceable(pid)
         require_permitted(found)
         require_fit(found)
-        with exclusive(pid, _LOCK), Memory(pid) as memory:
-            yield memory
+        try:
+            with exclusive(pid, _LOCK), Memory(pid) as memory:
+                yield memory
+        except (LivegraftError, OSError) as error:
+            # Whatever could not be done with it: this is why.
+            if not isinstance(error, BadInput) and has_exited(pid):
+                raise exited(pid, found.name) from error
+            raise
+
+
+def exited(pid: int, name: str) -> BadInput:
+    """Return the error that says that a process has exited while it was being worked on."""
+    return BadInput(
+        f"process {pid} ({name}) has exited",
+        why="it ended while livegraft was at work on it",
+        next_step="give the pid of a running process",
+    )
 
 
 def require_intact(seen: Snapshot) -> None:

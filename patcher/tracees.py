@@ -22,7 +22,7 @@ from ptrace.ctypes_libc import libc
 from elfdiff.errors import BadInput, LivegraftError
 
 from . import batch, fitness, obstacles, ptrace, seam
-from .proc import ProcessStatus, is_socket, status
+from .proc import ProcessStatus, is_leaving, is_socket, status
 from .quiet import ticking
 from .registers_x86_64 import Registers, without_spurious_eintr
 
@@ -37,6 +37,8 @@ _NO_TRACEE = -1
 
 _NAP = 50e-6
 _PATIENCE = 5e-3  # seconds until it is asked whether something is in the way
+_LEAVING = 1.0  # seconds for a killed thread to notice
+_REST = 1e-3
 
 _waitpid = libc["waitpid"]
 _waitpid.argtypes = (ctypes.c_int, ctypes.POINTER(ctypes.c_int), ctypes.c_int)
@@ -169,6 +171,24 @@ def _is_dead(tid: int) -> bool:
 
 
 _abandoned: set[int] = set()
+
+
+def require_gone(tid: int, why: str) -> None:
+    """Return once a thread that is said to be gone will execute nothing more of its program.
+
+    The kernel answers ESRCH also where a thread is not stopped for us, and ECHILD where it is not ours. To take such
+    a thread for dead would mean not to look at its stack, or to erase the stub under it. One that was killed in its
+    stop needs a moment to notice. ``why`` is what has said so. Raises LivegraftError where it lives on.
+    """
+    end = time.monotonic() + _LEAVING
+    while not is_leaving(tid):
+        if time.monotonic() >= end:
+            raise LivegraftError(
+                f"thread {tid} is said to be gone and lives on",
+                why=f"{why}; it will be let go when livegraft ends",
+                next_step="try again",
+            )
+        time.sleep(_REST)
 
 
 def abandon(tid: int) -> None:

@@ -25,6 +25,7 @@ from .modules import Module
 from .pause import OnStep, Pause, carry_out
 from .placement import MARGIN
 from .plan import Plan, Situation, idle_ranges, plan_apply, plan_revert, situation
+from .proc import has_exited
 from .record import FIRST_SLOT, INTERRUPTED, Contents, Record, State, record_size
 from .staging import Staged, bases, make_draft, span_of, stage, sweep, sweep_stubs
 from .target import Snapshot, open_target, require_intact, take_snapshot
@@ -184,6 +185,8 @@ def _stage_and_commit(
         return staged, carry_out(staged.plan, seen, memory, conditions, on_step)
     except BaseException as error:
         # Whatever has come in between, an interrupt too: what is mapped and not in force goes.
+        if has_exited(seen.pid):
+            raise
         try:
             sweep(take_snapshot(seen.pid, memory), memory)
         except LivegraftError as failure:
