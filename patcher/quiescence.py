@@ -23,9 +23,10 @@ from elfdiff.errors import LivegraftError, NotPermitted
 
 from .deepcheck import DeepCheck
 from .forbidden import ForbiddenRange, ForbiddenRanges
+from .foresight import words_on_stacks
 from .frames_x86_64 import RESTORER_SIZE, SIGFRAME_SIZE, interrupted_stack
 from .memory import Memory
-from .proc import Mapping, mappings, read_proc_file
+from .proc import Mapping, code_lines, mappings, read_proc_file
 from .restorers import find_restorers
 from .stackmemory import StackMemory, StackWords
 from .unwind import Stack, StackEnd, Unwinder
@@ -38,6 +39,8 @@ MAX_STACK = 8 << 20
 """Bytes of one stack that are scanned; a thread with more is unwound instead."""
 MAX_STACKS = 128 << 20
 """Bytes of all stacks together that are scanned."""
+MAX_FORESEEN = 2000
+"""Functions whose call frame information is interpreted before the pause; each takes about 0.1 ms."""
 ANY_FUNCTION = "any of them"
 """Name in a ``LiveFrame`` where it is not known which function is live."""
 _MAX_SWITCHES = 8  # a thread's stack, and one more for each nested switch to another
@@ -152,6 +155,7 @@ class StackCheck:
         self._deep = deep
         self._known_restorers: dict[Mapping, tuple[int, ...]] = {}
         self._code: tuple[Mapping, ...] = ()
+        self._code_lines: tuple[str, ...] = ()
         self._unwinder = Unwinder((), memory.read)
         self.refresh()
         self._stacks = StackMemory(memory.pid)
@@ -168,20 +172,35 @@ class StackCheck:
 
     def refresh(self) -> None:
         """Look at the code that is mapped now. Raises ``LivegraftError`` where the process goes away."""
+        before = self._unwinder
+        self._look_at_code()
+        if self._unwinder is not before:
+            self._unwinder.foresee(words_on_stacks(self._memory), MAX_FORESEEN)
+
+    def _look_at_code(self) -> None:
         # Its size first: what is mapped after that is noticed by the next check.
         self._code_size = _code_size(self._memory.pid)
         maps = mappings(self._memory.pid)
         self._restorers = find_restorers(maps, self._memory, self._known_restorers)
-        self._renew_unwinder(maps)
+        self._renew_unwinder()
 
-    def _renew_unwinder(self, maps: Sequence[Mapping]) -> None:
-        code = tuple(mapping for mapping in maps if mapping.executable)
-        if code == self._code:
+    def _renew_unwinder(self) -> None:
+        # The lines first: what is mapped between the two looks is noticed by the next.
+        lines = code_lines(self._memory.pid)
+        if lines == self._code_lines:
             return
+        maps = mappings(self._memory.pid)
+        code = tuple(mapping for mapping in maps if mapping.executable)
+        kept = set(code) & set(self._code)
+
+        def is_unchanged(table: UnwindTable) -> bool:
+            over = [mapping for mapping in code if mapping.start < table.high and table.low < mapping.end]
+            return bool(over) and all(mapping in kept and mapping.inode for mapping in over)
+
         tables = [*unwind_tables(maps, self._memory), *self._more_tables]
-        self._unwinder = Unwinder(tables, self._memory.read)
+        self._unwinder = self._unwinder.renewed(tables, is_unchanged)
         self._unwinder.prepare()
-        self._code = code
+        self._code, self._code_lines = code, lines
 
     def check(self, threads: Sequence[StoppedThread]) -> Quiescence:
         """Whether a forbidden function is live. ``threads`` are all threads of the process, all stopped.
@@ -190,14 +209,14 @@ class StackCheck:
         decided about a thread is no error but counts as live.
         """
         if _code_size(self._memory.pid) != self._code_size:
-            self.refresh()
+            self._look_at_code()
         self._stacks.forget()
         examined = [_Examined(thread) for thread in threads]
         scanned = self._scan(examined)
         suspects = [item for item in examined if self._is_suspect(item)]
         if suspects:
             # Code may have been replaced by as much other code; only now is it worth looking.
-            self._renew_unwinder(mappings(self._memory.pid))
+            self._renew_unwinder()
         live = [frame for item in suspects for frame in self._judge(item)]
         if live or self._deep is None:
             return Quiescence(tuple(live), len(examined), scanned, len(suspects))

@@ -8,10 +8,14 @@ nothing may be concluded from the frames that it did not reach.
 
 from __future__ import annotations
 
+import contextlib
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
 
 from elfdiff.cfi import CallFrames, Rule, RuleKind, UnwindRow
 from elfdiff.cursor import ReadBytes
@@ -91,6 +95,32 @@ class Unwinder:
         """
         for table in self._tables:
             self._load(table)
+
+    def renewed(self, tables: Iterable[UnwindTable], is_unchanged: Callable[[UnwindTable], bool]) -> Unwinder:
+        """An unwinder for other ``tables`` that keeps what was read of those of which ``is_unchanged`` says so."""
+        other = Unwinder(tables, self._read)
+        other._frames = {t: self._frames[t] for t in other._tables if t in self._frames and is_unchanged(t)}
+        return other
+
+    def foresee(self, words: NDArray[np.uint64], limit: int) -> int:
+        """Interpret the call frame information of the code that any of ``words`` (shape (n,)) leads into.
+
+        For before the pause: it takes ten times as long as unwinding by it. At most ``limit`` functions; returns how
+        many. What is damaged raises nothing here, as in ``prepare``.
+        """
+        done = 0
+        for table in self._tables:
+            frames = self._load(table)
+            if isinstance(frames, str):
+                continue
+            inside = words[(words > table.low) & (words <= table.high)].astype(np.int64) - 1  # return addresses
+            indices = np.unique(np.searchsorted(frames.table.starts, inside, side="right") - 1).tolist()
+            for index in indices[: limit - done]:
+                if index >= 0:
+                    with contextlib.suppress(BadInput):
+                        frames.rows(index)
+            done += min(len(indices), limit - done)
+        return done
 
     def begins_function(self, address: int) -> bool:
         """Whether an FDE begins at ``address``; false where there is no unwind information for it."""

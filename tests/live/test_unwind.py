@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from fixtures.stacks import Stacks, compile_program, gdb_stacks, run_stacks
+from fixtures.tracees import wait_until
+from patcher.foresight import words_on_stacks
 from patcher.memory import Memory
 from patcher.proc import mappings
 from patcher.stopping import seize
@@ -177,3 +179,66 @@ def test_an_unreadable_stack_is_incomplete(stacks: Stacks) -> None:
         for thread in process.threads:
             stack = unwinder.unwind(thread.registers, read)
             assert not stack.complete and "nothing at" in stack.why
+
+
+# --- before the pause ---
+
+RUNNING = {"in_vdso", "in_plt"}
+
+
+def wait_until_all_wait(stacks: Stacks) -> None:
+    """After an earlier stop they are woken one after the other, and make their system calls anew."""
+    paths = [Path(f"/proc/{stacks.pid}/task/{tid}/syscall") for name, tid in stacks.tids.items() if name not in RUNNING]
+    wait_until(lambda: all(path.read_text() != "running\n" for path in paths), "all threads wait")
+
+
+def test_what_was_foreseen_is_not_read_in_the_pause(stacks: Stacks) -> None:
+    reads = 0
+
+    def read(address: int, size: int) -> bytes:
+        nonlocal reads
+        reads += 1
+        return memory.read(address, size)
+
+    with Memory(stacks.pid) as memory:
+        unwinder = Unwinder(unwind_tables(mappings(stacks.pid), memory), read)
+        unwinder.prepare()
+        wait_until_all_wait(stacks)
+        foreseen = unwinder.foresee(words_on_stacks(memory), 2000)
+        before = reads
+        # They run, or what they wait in is on another stack, farther up than is looked at, or at its first instruction.
+        unseen = {stacks.tids[name] for name in {*RUNNING, "alternate", "alternate_nested", "split", "first"}}
+        with seize(stacks.pid) as process:
+            process.stop()
+            seen = [thread for thread in process.threads if thread.tid not in unseen]
+            frames = sum(len(unwinder.unwind(thread.registers, memory.read).frames) for thread in seen)
+    assert frames > 100 and foreseen > 20
+    assert reads == before
+
+
+def test_foreseeing_has_a_limit(stacks: Stacks) -> None:
+    with Memory(stacks.pid) as memory:
+        unwinder = Unwinder(unwind_tables(mappings(stacks.pid), memory), memory.read)
+        wait_until_all_wait(stacks)
+        assert unwinder.foresee(words_on_stacks(memory), 7) == 7
+
+
+def test_an_unwinder_is_renewed_without_reading_again_what_did_not_change(stacks: Stacks) -> None:
+    reads: list[int] = []
+
+    def read(address: int, size: int) -> bytes:
+        reads.append(address)
+        return memory.read(address, size)
+
+    with Memory(stacks.pid) as memory:
+        tables = unwind_tables(mappings(stacks.pid), memory)
+        changed = tables[-1]
+        unwinder = Unwinder(tables, read)
+        unwinder.prepare()
+        reads.clear()
+        renewed = unwinder.renewed(tables, lambda table: table != changed)
+        renewed.prepare()
+        again = set(reads)
+        reads.clear()
+        Unwinder([changed], read).prepare()
+        assert again == set(reads) and again
