@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import os
 import signal
@@ -14,16 +16,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from elfdiff.errors import Busy, Refused
+from elfdiff.errors import Busy, LivegraftError, Refused
 from elfdiff.patchfile import write_patch
 from elfdiff.patchobject import PatchObject
 from fixtures.intact import altered_code
+from fixtures.stacks import functions_of
+from patcher import seam
+from patcher.deepcheck import DeepCheck
 from patcher.deepmemory import DeepMemory, Survey
+from patcher.forbidden import ForbiddenRange
 from patcher.memory import Memory
 from patcher.modules import modules
-from patcher.proc import mappings
+from patcher.proc import mappings, status
+from patcher.stopping import seize
 from patcher.switching_x86_64 import stack_switchers
 from patcher.transaction import apply, check, revert
+from patcher.unwind import Unwinder
 from tests.compile import Compiler
 from tests.live.grafting import patch_for
 
@@ -152,6 +160,43 @@ def test_coroutines_elsewhere_are_in_nobodys_way(pair: Pair, place: str) -> None
         assert program.tell("finish") == "10"
 
 
+@kinds(("pie",), ("no-pie",))
+def test_a_coroutine_that_was_interrupted_in_a_patched_function(pair: Pair) -> None:
+    """Its signal handler has switched away: where it goes on is in the signal frame, and no call is there."""
+    with Parking(pair.program) as program:
+        program.tell("trap mapped")
+        error = busy(program, pair)
+        assert "trapped" in error.what and "signal frame" in error.details[0]
+        assert program.tell("finish") == "12"
+        apply(program.pid, pair.patch)
+
+
+@kinds(("pie", "-DJUMPING"))
+def test_what_glibc_hides_in_a_jump_buffer(pair: Pair) -> None:
+    with Parking(pair.program) as program, Memory(program.pid) as memory:
+        program.tell("idle mapped")
+        (leave,) = (item for item in functions_of(pair.program, program.pid) if item.name == "leave")
+        forbidden = ForbiddenRange("leave", leave.start, leave.end)
+        with DeepCheck(memory, [forbidden], 1 << 30) as deep, seize(program.pid) as process:
+            process.stop()
+            found, _ = deep.check(process.threads, (), Unwinder((), memory.read))
+        assert {"a jump buffer of setjmp", "an address in it"} <= {item.kind for item in found}
+
+
+@pytest.mark.parametrize("deep_check", [None, False], ids=["searched", "not-searched"])
+def test_two_builds_never_meet_in_a_storm_of_coroutines(pair: Pair, deep_check: bool | None) -> None:
+    """``pass`` is parked between what it calls before and after. Without the search they meet, or it shows nothing."""
+    with Parking(pair.program) as program:
+        program.tell("storm")
+        for _ in range(3 if deep_check is None else 20):
+            apply(program.pid, pair.patch, timeout=60, deep_check=deep_check)
+            revert(program.pid, timeout=60, deep_check=deep_check)
+            if int(program.tell("mixed")):
+                break
+        assert int(program.tell("passes")) > 0
+        assert (int(program.tell("mixed")) == 0) is (deep_check is None)
+
+
 def test_no_deep_check_does_not_look(pair: Pair) -> None:
     with Parking(pair.program) as program:
         program.tell("park mapped")
@@ -217,6 +262,30 @@ def test_the_command_line(pair: Pair, tmp_path: Path) -> None:
         program.tell("finish")
         done = subprocess.run(command, check=True, capture_output=True)
         assert json.loads(done.stdout)["searched_bytes"] > 0
+
+
+@pytest.mark.parametrize("name", ["PAGES", "READV"])
+def test_whatever_it_cannot_read_nothing_is_written(pair: Pair, name: str) -> None:
+    """Every tenth of the operations fails in turn, on the way to a stop and in it."""
+    with Parking(pair.program) as program:
+        failed = 0
+        for number in itertools.count(0, 10):
+            left = [number]
+
+            def fail(operation: str, _: int, left: list[int] = left) -> int:
+                left[0] -= operation == name
+                return errno.EIO if operation == name and left[0] < 0 else 0
+
+            with seam.observe(fail):
+                try:
+                    check(program.pid, pair.patch, timeout=5.0)
+                    break
+                except LivegraftError as error:
+                    assert "Input/output error" in f"{error} {error.why}"
+                    failed += 1
+            assert status(program.pid).tracer_pid == 0
+            assert program.tell("ask") == "6" and altered_code(program.pid) == []
+        assert failed
 
 
 # --- memory ---
