@@ -184,6 +184,8 @@ def test_an_unreadable_stack_is_incomplete(stacks: Stacks) -> None:
 # --- before the pause ---
 
 RUNNING = {"in_vdso", "in_plt"}
+UNFORESEEN = {"alternate", "alternate_nested", "split", "first", "in_register"}
+"""What they are in is on another stack, farther up than is looked at, no return address, or in a register."""
 
 
 def wait_until_all_wait(stacks: Stacks) -> None:
@@ -206,8 +208,7 @@ def test_what_was_foreseen_is_not_read_in_the_pause(stacks: Stacks) -> None:
         wait_until_all_wait(stacks)
         foreseen = unwinder.foresee(words_on_stacks(memory), 2000)
         before = reads
-        # They run, or what they wait in is on another stack, farther up than is looked at, or at its first instruction.
-        unseen = {stacks.tids[name] for name in {*RUNNING, "alternate", "alternate_nested", "split", "first"}}
+        unseen = {stacks.tids[name] for name in RUNNING | UNFORESEEN}
         with seize(stacks.pid) as process:
             process.stop()
             seen = [thread for thread in process.threads if thread.tid not in unseen]
