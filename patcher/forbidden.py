@@ -46,6 +46,17 @@ class ForbiddenRanges:
         """Number of ranges."""
         return len(self._ranges)
 
+    @property
+    def arrays(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.bool_]]:
+        """Start, end and whether the start is harmless, of every range."""
+        return self._starts, self._ends, self._harmless
+
+    @property
+    def clusters(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+        """Lowest start, and distance to the highest end, of each group of neighbours."""
+        lows = np.array([low for low, _ in self._clusters], dtype=np.uint64)
+        return lows, np.array([span for _, span in self._clusters], dtype=np.uint64)
+
     def _find_clusters(self) -> list[tuple[np.uint64, np.uint64]]:
         """(lowest start, distance to the highest end) of each group of neighbours."""
         clusters: list[tuple[int, int]] = []

@@ -1,7 +1,8 @@
 """Is any of these functions live? Asked of stopped threads; whatever is not known counts as live.
 
 First every word of every stack, from rsp to the end of its mapping, and every register is compared with the
-forbidden ranges. That is cheap and misses no return address, but finds words that are merely left over. So
+forbidden ranges (by ``stacksift``, where it can, and then only the threads that it leaves are looked at here). That
+is cheap and misses no return address, but finds words that are merely left over. So
 threads with a hit are unwound: if the walk is complete, only its frames count, and if not, every hit does. A
 thread on an alternate signal stack is scanned on both: the signal frame says where the interrupted stack is.
 
@@ -29,6 +30,7 @@ from .memory import Memory
 from .proc import Mapping, code_lines, mappings, read_proc_file
 from .restorers import find_restorers
 from .stackmemory import StackMemory, StackWords
+from .stacksift import StackSift
 from .unwind import Stack, StackEnd, Unwinder
 from .unwindtables import UnwindTable, unwind_tables
 
@@ -153,6 +155,7 @@ class StackCheck:
         self._more_tables = tuple(tables)
         self._max_stack = max_stack
         self._deep = deep
+        self._sift = StackSift(memory.pid, self._ranges, max_stack, MAX_STACKS)
         self._known_restorers: dict[Mapping, tuple[int, ...]] = {}
         self._code: tuple[Mapping, ...] = ()
         self._code_lines: tuple[str, ...] = ()
@@ -182,6 +185,7 @@ class StackCheck:
         self._code_size = _code_size(self._memory.pid)
         maps = mappings(self._memory.pid)
         self._restorers = find_restorers(maps, self._memory, self._known_restorers)
+        self._sift.set_restorers(self._restorers.addresses)
         self._renew_unwinder()
 
     def _renew_unwinder(self) -> None:
@@ -211,22 +215,30 @@ class StackCheck:
         if _code_size(self._memory.pid) != self._code_size:
             self._look_at_code()
         self._stacks.forget()
-        examined = [_Examined(thread) for thread in threads]
-        scanned = self._scan(examined)
+        unclear, scanned = self._unclear(threads)
+        examined = [_Examined(thread) for thread in unclear]
+        if examined:
+            scanned += self._scan(examined)
         suspects = [item for item in examined if self._is_suspect(item)]
         if suspects:
             # Code may have been replaced by as much other code; only now is it worth looking.
             self._renew_unwinder()
         live = [frame for item in suspects for frame in self._judge(item)]
         if live or self._deep is None:
-            return Quiescence(tuple(live), len(examined), scanned, len(suspects))
+            return Quiescence(tuple(live), len(threads), scanned, len(suspects))
         found, searched = self._deep.check(threads, self._restorers.addresses, self._unwinder)
         parked = tuple(LiveFrame(0, item.name, item.pc, None, False, (), item.words()) for item in found)
-        return Quiescence(parked, len(examined), scanned, len(suspects), searched)
+        return Quiescence(parked, len(threads), scanned, len(suspects), searched)
 
     def parked(self) -> bool:
         """Whether what the deep check has found is still there, by a look that stops nobody."""
         return self._deep is not None and self._deep.persists()
+
+    def _unclear(self, threads: Sequence[StoppedThread]) -> tuple[Sequence[StoppedThread], int]:
+        """The threads that have to be looked at one by one, and the bytes of stacks that were read to tell."""
+        if self._restorers.unsure:
+            return threads, 0
+        return self._sift.sift(threads, self._stacks.fileno())
 
     def _is_suspect(self, item: _Examined) -> bool:
         executing = self._ranges.of_instruction(item.rip, next_instruction=True)

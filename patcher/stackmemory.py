@@ -109,6 +109,10 @@ class StackMemory:
             os.close(self._descriptor)
         self._descriptor = -1
 
+    def fileno(self) -> int:
+        """Return the descriptor of ``/proc/PID/maps``; it belongs to this object."""
+        return self._descriptor
+
     def forget(self) -> None:
         """Call it at the start of each pause: all that was read in an earlier one is void."""
         self._mappings = None

@@ -21,7 +21,7 @@ from patcher.unwindtables import unwind_tables
 
 from .test_unwind import EXPECTED
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.usefixtures("either")]
 
 FLAGS = ("-O2", "-fno-optimize-sibling-calls")
 
