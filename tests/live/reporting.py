@@ -44,17 +44,21 @@ class Reporting:
     def tally(self, name: str) -> Tally:
         return next(tally for tally in self.torture.tallies if tally.name == name)
 
-    def answers(self, version: int) -> None:
-        """Assert that it goes on answering in this version, and never mixed two."""
-        before = self.tally("answer").rounds
+    def answer_of(self, name: str) -> int:
+        """Return what the thread or child of a tally answers now; asserts that it never mixed two versions."""
+        before = self.tally(name).rounds
 
         def asked() -> bool:
             self.torture.require_alive()
-            return self.tally("answer").rounds > before + 1
+            return self.tally(name).rounds > before + 1
 
         wait_until(asked, "an answer")
-        assert self.tally("answer").last_error == version * 1001
-        assert self.tally("answer").wrong == 0
+        assert self.tally(name).wrong == 0
+        return self.tally(name).last_error
+
+    def answers(self, version: int) -> None:
+        """Assert that it goes on answering in this version."""
+        assert self.answer_of("answer") == version * 1001
 
     def there(self) -> Outcome:
         """Apply, and see that it is in force."""

@@ -1,4 +1,4 @@
-"""Signals in the midst of whole transactions: none is lost, doubled or changed, and each finds the program's own state."""
+"""Signals in the midst of transactions: none is lost, doubled or changed, and each finds the program's own state."""
 
 from __future__ import annotations
 
