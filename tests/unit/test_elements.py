@@ -1,0 +1,32 @@
+"""A changed function that uses another element of the same array: the instruction survives, what it names does not."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.compile import Compiler
+from tests.verdict import judge, program
+
+ELEMENTS = """
+static long turns[3];
+SEPARATE long take(long n) { turns[ELEMENT]++; return n + STEP; }
+SEPARATE long turn(long n) { long now = turns[n % 3]; return now + STEP * n; }
+"""
+PAIR = program(ELEMENTS, "take(n) + turn(n)", ELEMENT=("0", "1"), STEP=("1", "2"))
+
+
+def test_symbols_say_which_element_it_is(compiled: Compiler) -> None:
+    verdict = judge(compiled, PAIR, stripped=False)
+    assert verdict.made
+    verdict.check()
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="without symbols the only evidence for turns[1] is the surviving instruction that named turns[0], "
+    "and it is believed: the new code uses the old element",
+)
+def test_without_symbols_it_is_told_or_refused(compiled: Compiler) -> None:
+    verdict = judge(compiled, PAIR)
+    if not verdict.refused:
+        verdict.check()
