@@ -4,7 +4,8 @@ Coroutines that are switched away (makecontext(3), hand-made switches, setjmp(3)
 frames anywhere in writable memory. Nothing tells where, so all of it is searched for words that lead into a forbidden
 range and not to the start of a function: return addresses, the program counters of signal frames, and those that glibc
 hides in a jmp_buf. Whatever made the switch, it was called, or has saved where it is, so that there is such a word.
-What lies on the stack of a thread that was unwound to its beginning is that thread's affair (``threadstacks``).
+What lies on the stack of a thread that was unwound to its beginning is that thread's affair (``threadstacks``), and
+what lies below a coroutine that waits further up is left over (``parkedstacks_x86_64``).
 
 A word that is found need not be a frame: it may have been left over by a call that has returned. So it counts as
 live, and is not certain.
@@ -31,6 +32,7 @@ from .forbidden import ForbiddenRange, ForbiddenRanges
 from .frames_x86_64 import SIGFRAME_RIP
 from .mangling_x86_64 import POINTER_GUARD, mangled, unmangled
 from .memory import Memory
+from .parkedstacks_x86_64 import ParkedStacks
 from .proc import Mapping, start_stack
 from .threadstacks import OwnMemory, own_memory
 from .unwind import Unwinder
@@ -157,13 +159,18 @@ class DeepCheck:
         Raises Refused where the memory has grown beyond the limit, LivegraftError where it cannot be read.
         """
         survey = self._survey()
-        hits = self._search(survey, restorers, self._guards(threads), stopped=True)
+        guards = self._guards(threads)
+        hits = self._search(survey, restorers, guards)
         self._found = ()
         seen = _together(hits)
         seen = seen.only((seen.kinds == _SIGNAL) | self._lead_back(seen.pcs, unwinder))
         if len(seen.pcs):
             own = OwnMemory(self._own_memory(seen.addresses, threads, survey, unwinder))
-            self._found = tuple(self._named(seen.only(~own.holds(seen.addresses)), survey))
+            seen = seen.only(~own.holds(seen.addresses))
+        if len(seen.pcs):
+            parked = ParkedStacks(self._deep, survey, self._memory, unwinder, guards)
+            dead = OwnMemory(parked.dead(seen.addresses, threads, restorers))
+            self._found = tuple(self._named(seen.only(~dead.holds(seen.addresses)), survey))
         return self._found, survey.size
 
     def persists(self) -> bool:
@@ -183,12 +190,10 @@ class DeepCheck:
 
     # --- the search ---
 
-    def _search(
-        self, survey: Survey, restorers: Sequence[int], guards: Sequence[int], *, stopped: bool
-    ) -> list[_Hits]:
+    def _search(self, survey: Survey, restorers: Sequence[int], guards: Sequence[int]) -> list[_Hits]:
         hits: list[_Hits] = []
         frames = np.array(restorers, dtype=np.uint64)
-        for chunk in self._deep.chunks(survey, stopped=stopped):
+        for chunk in self._deep.chunks(survey):
             at = self._ranges.return_addresses(chunk.words)
             if len(at):
                 hits += self._sorted_out(chunk, at, frames)
@@ -254,7 +259,7 @@ class DeepCheck:
         held = self._memory.read_many([(pc - LONGEST_CALL, LONGEST_CALL) for pc in unknown])
         for pc, code in zip(unknown, held, strict=True):
             plausible = pc >= _NO_NUMBER or ends_with_call(code) or self._behind_an_entry_jump(pc)
-            self._leads_back[pc] = plausible and not unwinder.begins_function(pc)
+            self._leads_back[pc] = plausible and unwinder.function_at(pc) != pc
         return np.array([self._leads_back[pc] for pc in unique.tolist()], dtype=np.bool_)[which]
 
     def _behind_an_entry_jump(self, pc: int) -> bool:

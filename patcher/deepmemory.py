@@ -45,6 +45,7 @@ _ENTRY_FILE, _ENTRY_SWAPPED, _ENTRY_PRESENT = np.uint64(1 << 61), np.uint64(1 <<
 
 _SHARED_MEMORY = ("/dev/zero", "/memfd:", "/dev/shm/", "/SYSV", "/dev/hugepages/", "/anon_hugepage")
 
+_RAMP = np.arange(0, _CHUNK, 8, dtype=np.uint64)
 _Runs = NDArray[np.uint64]
 
 
@@ -102,6 +103,14 @@ class Chunk:
         at = np.searchsorted(self.pieces[:, 0], indices.astype(np.uint64), side="right") - 1
         inside = indices.astype(np.uint64) - self.pieces[at, 0]
         return np.asarray(self.pieces[at, 1] + np.uint64(8) * inside, dtype=np.uint64)
+
+
+    def every_address(self) -> NDArray[np.uint64]:
+        """The address of every word."""
+        first = self.pieces[:, 0].astype(np.intp)
+        counts = np.diff(first, append=len(self.words))
+        begins = self.pieces[:, 1] - np.uint64(8) * self.pieces[:, 0]
+        return np.asarray(np.repeat(begins, counts) + _RAMP[: len(self.words)], dtype=np.uint64)
 
 
 class DeepMemory:
@@ -195,56 +204,41 @@ class DeepMemory:
 
     # --- what is in them ---
 
-    def chunks(self, survey: Survey, *, stopped: bool) -> Iterator[Chunk]:
-        """All memory of a survey, piece by piece.
+    def chunks(self, survey: Survey) -> Iterator[Chunk]:
+        """All memory of a survey, piece by piece. The process is stopped since the survey.
 
-        Where the process is not ``stopped`` some of it may be gone meanwhile, and is passed over.
         Raises LivegraftError where it cannot be read, NotPermitted.
         """
         self._buffer[:LEAD] = 0
         for pieces in _cut(survey.runs):
             count = int(pieces[:, 1].sum()) // 8
             words = self._buffer[LEAD : LEAD + count]
-            self._read(pieces, words, stopped)
+            self._read(pieces, words)
             firsts = (np.cumsum(pieces[:, 1]) - pieces[:, 1]) // np.uint64(8)
             lead = self._buffer[: LEAD + count]
             yield Chunk(words, lead, np.stack([firsts, pieces[:, 0]], axis=1))
             self._buffer[:LEAD] = lead[-LEAD:].copy()
 
-    def _read(self, pieces: _Runs, words: NDArray[np.uint64], stopped: bool) -> None:
+    def _read(self, pieces: _Runs, words: NDArray[np.uint64]) -> None:
         position = 0
         for first in range(0, len(pieces), _IOV_MAX):
             batch = np.ascontiguousarray(pieces[first : first + _IOV_MAX])
             size = int(batch[:, 1].sum()) // 8
-            into = words[position : position + size]
-            if not self._read_batch(batch, into, stopped):
-                self._read_each(batch, into)
+            self._read_batch(batch, words[position : position + size])
             position += size
 
-    def _read_batch(self, batch: _Runs, into: NDArray[np.uint64], stopped: bool) -> bool:
-        """Whether all of it was read; false only where the process runs and has unmapped some of it."""
+    def _read_batch(self, batch: _Runs, into: NDArray[np.uint64]) -> None:
         local = np.array([into.ctypes.data, into.nbytes], dtype=np.uint64)
         number = seam.announce("READV", self._pid)
         if not number:
             got = _process_vm_readv()(self._pid, local.ctypes.data, 1, batch.ctypes.data, len(batch), 0)
             if got == into.nbytes:
-                return True
+                return
             number = ctypes.get_errno() if got < 0 else errno.EFAULT
-        if number == errno.EFAULT and not stopped:
-            return False
         if number == errno.ESRCH:
             raise no_such_process(self._pid)
         kind = NotPermitted if number == errno.EPERM else LivegraftError
         raise kind(f"memory of process {self._pid} could not be read", why=os.strerror(number))
-
-    def _read_each(self, batch: _Runs, into: NDArray[np.uint64]) -> None:
-        position = 0
-        for piece in batch:
-            size = int(piece[1]) // 8
-            here = into[position : position + size]
-            if not self._read_batch(piece.reshape(1, 2), here, stopped=False):
-                here[:] = 0
-            position += size
 
 
 def _announced(pid: int) -> None:

@@ -122,16 +122,16 @@ class Unwinder:
             done += min(len(indices), limit - done)
         return done
 
-    def begins_function(self, address: int) -> bool:
-        """Whether an FDE begins at ``address``; false where there is no unwind information for it."""
+    def function_at(self, address: int) -> int | None:
+        """Where the FDE that covers ``address`` begins; None where there is none."""
         index = bisect_right(self._lows, address) - 1
         if index < 0 or address >= self._tables[index].high:
-            return False
+            return None
         frames = self._load(self._tables[index])
         if isinstance(frames, str):
-            return False
+            return None
         found = frames.table.find(address)
-        return found >= 0 and int(frames.table.starts[found]) == address
+        return int(frames.table.starts[found]) if found >= 0 else None
 
     def unwind(self, registers: Registers, read: ReadBytes, *, max_frames: int = MAX_FRAMES) -> Stack:
         """The frames of a thread that is stopped with ``registers``; ``read`` reads its stack.

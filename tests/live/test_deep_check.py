@@ -171,6 +171,45 @@ def test_a_coroutine_that_was_interrupted_in_a_patched_function(pair: Pair) -> N
         apply(program.pid, pair.patch)
 
 
+@pytest.mark.parametrize("place", PLACES)
+@kinds(("pie",), ("static",), ("pie", "-DJUMPING"), ("pie", "-DJUMPING", "-O0"))
+def test_what_a_coroutine_has_left_below_itself_is_in_nobodys_way(pair: Pair, place: str) -> None:
+    with Parking(pair.program) as program:
+        program.tell(f"serve {place}")
+        busy(program, pair)
+        program.tell("step")
+        words = return_addresses(pair, program)
+        assert words, "nothing is left over, so that this shows nothing"
+        apply(program.pid, pair.patch, timeout=WAIT)
+        program.tell("step")
+        with pytest.raises(Busy, match="work"):
+            revert(program.pid, timeout=WAIT)
+        program.tell("step")
+        revert(program.pid, timeout=WAIT)
+
+
+@kinds(("pie", "-DHANDMADE"))
+def test_where_somebody_else_switches_nothing_is_known_to_be_left_over(pair: Pair) -> None:
+    with Parking(pair.program) as program:
+        program.tell("serve mapped")
+        program.tell("step")
+        busy(program, pair, deep_check=True)
+
+
+def return_addresses(pair: Pair, program: Parking) -> list[int]:
+    """Where in memory the address is to which ``park`` returns in ``work``."""
+    with Memory(program.pid) as memory, DeepMemory(program.pid) as deep:
+        (work,) = (item for item in functions_of(pair.program, program.pid) if item.name == "work")
+        return [
+            address
+            for chunk in deep.chunks(deep.survey())
+            for address in chunk.addresses(
+                np.flatnonzero((chunk.words > np.uint64(work.start)) & (chunk.words < np.uint64(work.end)))
+            ).tolist()
+            if memory.read(address, 8)
+        ]
+
+
 @kinds(("pie", "-DJUMPING"))
 def test_what_glibc_hides_in_a_jump_buffer(pair: Pair) -> None:
     with Parking(pair.program) as program, Memory(program.pid) as memory:
@@ -206,14 +245,15 @@ def test_no_deep_check_does_not_look(pair: Pair) -> None:
         assert program.tell("ask") == "10"
 
 
+@kinds(("pie", "-DHANDMADE"))
 def test_words_that_are_left_over_block_until_they_are_gone(pair: Pair) -> None:
-    """A stack that is kept after its coroutine has ended looks like one that is parked."""
+    """A stack that is kept when its coroutine has ended looks like one that is parked, where nothing says more."""
     with Parking(pair.program) as program:
         program.tell("park static")
         program.tell("finish")
-        busy(program, pair)
+        busy(program, pair, deep_check=True)
         program.tell("wipe")
-        apply(program.pid, pair.patch)
+        apply(program.pid, pair.patch, deep_check=True)
 
 
 def test_it_waits_without_stopping_anybody(pair: Pair) -> None:
@@ -313,7 +353,7 @@ def test_what_is_read_is_what_is_there(parked: Parking) -> None:
     with DeepMemory(parked.pid) as deep, Memory(parked.pid) as memory:
         survey = deep.survey()
         count = 0
-        for chunk in deep.chunks(survey, stopped=True):
+        for chunk in deep.chunks(survey):
             at = np.arange(0, len(chunk.words), 511, dtype=np.intp)
             held = memory.read_many([(address, 8) for address in chunk.addresses(at).tolist()])
             assert [int.from_bytes(data, "little") for data in held] == chunk.words[at].tolist()
@@ -327,6 +367,6 @@ def test_looking_makes_no_page(parked: Parking) -> None:
 
     before = resident()
     with DeepMemory(parked.pid) as deep:
-        for _ in deep.chunks(deep.survey(), stopped=False):
+        for _ in deep.chunks(deep.survey()):
             pass
     assert resident() == before
