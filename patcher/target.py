@@ -18,7 +18,7 @@ from .memory import Memory
 from .modules import Module, modules
 from .proc import Mapping, has_exited, mapping_over, mappings, status
 from .record import DamagedRecord, Record, find_records, permissions, segment_digest
-from .tracees import require_traceable
+from .tracees import reap, require_traceable
 
 # Not the file that a single remote call locks: this lock is held around many of them.
 _LOCK = "syscall"
@@ -64,6 +64,8 @@ def open_target(pid: int) -> Iterator[Memory]:
             if not isinstance(error, BadInput) and has_exited(pid):
                 raise exited(pid, found.name) from error
             raise
+        finally:
+            reap()
 
 
 def exited(pid: int, name: str) -> BadInput:

@@ -212,6 +212,13 @@ def release_abandoned() -> int:
     return len(_abandoned)
 
 
+def reap() -> None:
+    """Take notice of the deaths of abandoned threads, which are about to come; until then nobody else hears of them."""
+    end = time.monotonic() + _LEAVING
+    while release_abandoned() and any(map(is_leaving, _abandoned)) and time.monotonic() < end:
+        time.sleep(_REST)
+
+
 def repair(tid: int, registers: Registers, stop: Stop) -> None:
     """Keep a stop from being seen as EINTR: write the registers that do, in the thread and in ``registers``.
 

@@ -34,7 +34,7 @@ class Answering:
             [*under, program, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )
         self.pid = self._process.pid
-        assert self._line() == "ready"
+        assert self.line() == "ready"
         if under:
             self.pid = int(Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text())
 
@@ -47,7 +47,14 @@ class Answering:
         os.kill(self.pid, signal.SIGKILL)
         self._process.communicate()
 
-    def _line(self) -> str:
+    @property
+    def stdin(self) -> int:
+        """The descriptor from which it reads what it is to do, at our end."""
+        assert self._process.stdin is not None
+        return self._process.stdin.fileno()
+
+    def line(self) -> str:
+        """The next line that it says."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         assert line, f"the program has died: {self._process.wait()}"
@@ -56,7 +63,7 @@ class Answering:
     def ask(self, question: str = "ask") -> str:
         assert self._process.stdin is not None
         self._process.stdin.write(question + "\n")
-        return self._line()
+        return self.line()
 
     def answers(self, version: int) -> None:
         """Assert that this version runs, in every thread, and no other."""

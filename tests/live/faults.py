@@ -80,14 +80,27 @@ def at(number: int, happening: Happening, *, ever_after: bool = False) -> seam.O
 class Patcher:
     """A patcher that runs; ``wait`` for what it says."""
 
-    def __init__(self, words: Sequence[object], observer: seam.Observer, before: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        words: Sequence[object],
+        observer: seam.Observer = nothing,
+        before: Callable[[], None] = lambda: None,
+        after: Callable[[], object] = lambda: None,
+    ) -> None:
+        """``before`` and ``after`` the command are called in its process."""
         self._out, self._err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
         self.pid = os.fork()
         if self.pid == 0:
-            self._be_patcher([*map(str, words), "--json"], observer, before)
+            self._be_patcher([*map(str, words), "--json"], observer, before, after)
         self._handle = os.pidfd_open(self.pid)
 
-    def _be_patcher(self, words: list[str], observer: seam.Observer, before: Callable[[], None]) -> None:
+    def _be_patcher(
+        self,
+        words: list[str],
+        observer: seam.Observer,
+        before: Callable[[], None],
+        after: Callable[[], object],
+    ) -> None:
         code = 99  # nothing that the command line would return
         try:
             os.dup2(self._out.fileno(), 1)
@@ -98,6 +111,7 @@ class Patcher:
             with seam.observe(observer):
                 code = cli.main(words)
             sys.stdout.flush()
+            after()
         except BaseException:  # noqa: BLE001  # it must not return into the tests
             sys.__excepthook__(*sys.exc_info())
         finally:
@@ -228,7 +242,9 @@ class Scene:
 
     def assert_usable(self, program: Answering) -> None:
         """The next commands do what they say, and sweep whatever an earlier one has left."""
-        for words, version in ((("apply", "2"), 2), (("revert",), 1)):
+        # One that is in force already would be no change, and only changes sweep.
+        other = 3 if self.version_in_force(program) == 2 else 2
+        for words, version in ((("apply", str(other)), other), (("revert",), 1)):
             self.succeed(program, words)
             self.assert_sound(program, version)
         assert not leaked_memory_files(program.pid)
