@@ -73,7 +73,7 @@ def at_liberty(program: Answering) -> None:
 
 @contextmanager
 def left_alone(program: Answering) -> Iterator[None]:
-    """The program must be as before afterwards: no byte, no mapping, no descriptor of ours; it runs and is not traced."""
+    """The program must be as before afterwards: no byte, mapping or descriptor of ours; it runs and is not traced."""
     before = program.code(), program.maps, program.descriptors
     yield
     assert (program.code(), program.maps, program.descriptors) == before

@@ -148,7 +148,7 @@ def test_a_program_in_a_root_without_proc_is_patched(built: Versions, tmp_path: 
     root.mkdir()
     with Answering(built.programs[1]) as program:
         enter(program, f"root {root}")
-        assert os.readlink(f"/proc/{program.pid}/root") == str(root)
+        assert Path(f"/proc/{program.pid}/root").readlink() == root
         there_and_back(program, built)
 
 
