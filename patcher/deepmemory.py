@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from elfdiff.errors import LivegraftError, NotPermitted
 
 from . import seam
-from .proc import Mapping, mapping_over, mappings, no_such_process
+from .proc import Mapping, by_living_thread, living_thread, mapping_over, mappings, no_such_process
 
 _PAGE = 4096
 _CHUNK = 1 << 19  # bytes: what is read is looked at while it is in the processor's cache
@@ -123,7 +123,7 @@ class DeepMemory:
         self._buffer = np.zeros(LEAD + _CHUNK // 8, dtype=np.uint64)
         self._regions = np.zeros((_REGIONS, _REGION_WORDS), dtype=np.uint64)
         self._descriptor = -1
-        self._descriptor = _open_pagemap(pid)
+        self._descriptor = by_living_thread(pid, lambda tid: _open_pagemap(pid, tid))
 
     def __enter__(self) -> DeepMemory:
         """Return itself."""
@@ -231,7 +231,9 @@ class DeepMemory:
         local = np.array([into.ctypes.data, into.nbytes], dtype=np.uint64)
         number = seam.announce("READV", self._pid)
         if not number:
-            got = _process_vm_readv()(self._pid, local.ctypes.data, 1, batch.ctypes.data, len(batch), 0)
+            # By whatever thread lives: it is stopped, and goes on living.
+            tid = living_thread(self._pid)
+            got = _process_vm_readv()(tid, local.ctypes.data, 1, batch.ctypes.data, len(batch), 0)
             if got == into.nbytes:
                 return
             number = ctypes.get_errno() if got < 0 else errno.EFAULT
@@ -247,10 +249,10 @@ def _announced(pid: int) -> None:
         raise OSError(failure, os.strerror(failure))
 
 
-def _open_pagemap(pid: int) -> int:
+def _open_pagemap(pid: int, tid: int) -> int:
     try:
         _announced(pid)
-        return os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(f"/proc/{pid}/task/{tid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     except (FileNotFoundError, ProcessLookupError) as error:
         raise no_such_process(pid) from error
     except PermissionError as error:

@@ -27,7 +27,7 @@ from .forbidden import ForbiddenRange, ForbiddenRanges
 from .foresight import words_on_stacks
 from .frames_x86_64 import RESTORER_SIZE, SIGFRAME_SIZE, interrupted_stack
 from .memory import Memory
-from .proc import Mapping, code_lines, mappings, read_proc_file
+from .proc import Mapping, code_lines, code_size, mappings
 from .restorers import find_restorers
 from .stackmemory import StackMemory, StackWords
 from .stacksift import StackSift
@@ -182,7 +182,7 @@ class StackCheck:
 
     def _look_at_code(self) -> None:
         # Its size first: what is mapped after that is noticed by the next check.
-        self._code_size = _code_size(self._memory.pid)
+        self._code_size = code_size(self._memory.pid)
         maps = mappings(self._memory.pid)
         self._restorers = find_restorers(maps, self._memory, self._known_restorers)
         self._sift.set_restorers(self._restorers.addresses)
@@ -212,7 +212,7 @@ class StackCheck:
         Raises ``LivegraftError`` where the process goes away or its memory may not be read; what cannot be
         decided about a thread is no error but counts as live.
         """
-        if _code_size(self._memory.pid) != self._code_size:
+        if code_size(self._memory.pid) != self._code_size:
             self._look_at_code()
         self._stacks.forget()
         unclear, scanned = self._unclear(threads)
@@ -398,9 +398,3 @@ def _uncleared(item: _Examined, stack: Stack) -> list[tuple[int | None, int]]:
 def _below_a_frame(address: int, item: _Examined, stack: Stack) -> bool:
     areas = [area for area in item.areas if address in area]
     return any(frame.cfa - 8 >= address and frame.cfa - 8 in area for area in areas for frame in stack.frames)
-
-
-def _code_size(pid: int) -> tuple[str, ...]:
-    """Size of all executable mappings, as ``/proc/PID/status`` has it: cheaper than to look at each."""
-    lines = read_proc_file(pid, "status").split("\n")
-    return tuple(line for line in lines if line.startswith(("VmExe:", "VmLib:")))
