@@ -8,10 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from fixtures.tracees import state_of
+from elfdiff.errors import Busy
+from fixtures.tracees import state_of, wait_until
+from patcher.borrowed import among
 from patcher.inspection import inspect_process
+from patcher.memory import Memory
+from patcher.proc import status, thread_ids
 from patcher.record import State
-from patcher.transaction import check
+from patcher.remote import MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, RemoteCaller
+from patcher.tracees import release_abandoned
+from patcher.transaction import apply, check
 from tests.live.reporting import Pair, Reporting, pair, reporting
 
 pytestmark = pytest.mark.root
@@ -56,3 +62,36 @@ def test_descriptor_tables_of_other_threads_are_left_alone(start: Start) -> None
         files = [Path(path) for path in before.values() if Path(path).suffix[1:].isdecimal()]
         assert len(files) == 16
         assert all(path.read_text() == str(path) for path in files)
+
+
+def test_threads_of_several_users_and_names(start: Start) -> None:
+    with start("users") as program:
+        others = [tid for tid in thread_ids(program.pid) if status(tid).uid >= 1000]
+        assert len(others) == 4
+        for chosen in others:
+            # Whichever makes the system calls.
+            with Memory(program.pid) as memory, RemoteCaller(program.pid, memory, candidates=among([chosen])) as caller:
+                caller.munmap(caller.mmap(0, 4096, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS), 4096)
+                assert caller.tid == chosen
+        program.there()
+        program.back()
+
+
+@pytest.mark.parametrize("state", ["vfork", "fault"])
+def test_a_thread_that_cannot_stop_is_named_and_delays_nobody(start: Start, state: str) -> None:
+    with start(state) as program:
+        with pytest.raises(Busy) as caught:
+            apply(program.pid, program.patch, timeout=0.2)
+        assert "did not stop" in caught.value.what
+        assert "waits in" in caught.value.details[0]
+        stuck = int(caught.value.details[0].split()[1].rstrip(":"))
+        assert all(status(tid).tracer_pid == 0 for tid in thread_ids(program.pid) if tid != stuck)
+        assert states(program.pid) == []
+        program.answers(1)
+        stdin = program.torture.process.stdin
+        assert stdin is not None
+        stdin.write("x")
+        stdin.flush()
+        wait_until(lambda: release_abandoned() == 0, "the thread to come back")
+        program.there()
+        program.back()
