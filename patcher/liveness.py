@@ -10,12 +10,14 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from .conditions import Conditions
 from .interruption import heed
 from .memory import Memory
-from .pause import describe, stack_check
+from .pause import deep_check, describe, stack_check
 from .plan import Plan
 from .quiescence import LiveFrame, StackCheck
 from .record import Contents
@@ -30,6 +32,8 @@ _MOST_LOOKS = 250
 @dataclass(frozen=True, slots=True)
 class Activation:
     """A function that was live in a thread; ``thread`` is the thread's name, empty where it was gone.
+
+    ``tid`` is 0 for a stack that no thread runs on.
 
     ``certain``: unwinding found the frame; else ``why`` says what was found. ``stack`` names its program counters,
     innermost first. ``first`` and ``last`` are the looks (from 1) that saw it first and last, ``looks`` how many did;
@@ -81,15 +85,19 @@ class _Tally:
     quiescent: int = 0
 
 
-def watch(seen: Snapshot, contents: Contents, plan: Plan, memory: Memory, seconds: float) -> Watched:
+def watch(
+    seen: Snapshot, contents: Contents, plan: Plan, memory: Memory, conditions: Conditions, seconds: float
+) -> Watched:
     """Look at the process for ``seconds``, once at least, for what ``plan`` must not find live.
 
-    Raises BadInput (it has ended), Busy (a thread cannot be stopped), Interrupted.
+    ``conditions`` say whether memory is searched for coroutines. Raises BadInput (it has ended), Busy (a thread cannot
+    be stopped), Refused (there is more memory than may be searched), Interrupted.
     """
     tally = _Tally()
     began = time.monotonic()
     interval = max(_INTERVAL, seconds / _MOST_LOOKS)
-    with stack_check(plan, seen, memory) as check:
+    deep = deep_check(plan, seen, memory, conditions)
+    with deep or nullcontext(), stack_check(plan, seen, memory, deep) as check:
         while True:
             heed()
             live = _look(check, memory.pid)
@@ -130,7 +138,9 @@ def _activation(frame: LiveFrame, seen: Snapshot, plan: Plan, number: int) -> Ac
 
 
 def thread_name(pid: int, tid: int) -> str:
-    """Return the name of a thread (proc(5), comm), empty where it is gone."""
+    """Return the name of a thread (proc(5), comm), empty where it is gone, or where ``tid`` is 0 for none."""
+    if not tid:
+        return ""
     try:
         text = Path(f"/proc/{pid}/task/{tid}/comm").read_text(encoding="utf-8", errors="backslashreplace")
     except (FileNotFoundError, ProcessLookupError):

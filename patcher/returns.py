@@ -58,7 +58,7 @@ def awaited(live: Iterable[LiveFrame]) -> tuple[tuple[Return, ...], str]:
     outermost: dict[int, LiveFrame] = {}
     for frame in live:
         if frame.depth is None or not frame.certain or frame.cfa is None:
-            return (), f"the stack of thread {frame.tid} cannot be unwound"
+            return (), f"the stack of thread {frame.tid} cannot be unwound" if frame.tid else "no thread runs there"
         known = outermost.get(frame.tid)
         if known is None or known.depth is None or known.depth < frame.depth:
             outermost[frame.tid] = frame

@@ -237,7 +237,9 @@ def revert(
         return Outcome(pid, seen.name, record.contents, State.REVERTED, False, pause, mapped_bytes(record), others)
 
 
-def watch_apply(pid: int, patch: PatchObject, seconds: float) -> Watched | None:
+def watch_apply(
+    pid: int, patch: PatchObject, seconds: float, conditions: Conditions | None = None
+) -> Watched | None:
     """Look for ``seconds`` at what keeps ``patch`` from being applied; None where it is in force already.
 
     Changes nothing. Raises as ``check``, but for what is live.
@@ -247,10 +249,12 @@ def watch_apply(pid: int, patch: PatchObject, seconds: float) -> Watched | None:
         if _in_force(now, binding, memory):
             return None
         contents, plan = _rehearse(binding, now, seen, memory)
-        return watch(seen, contents, plan, memory, seconds)
+        return watch(seen, contents, plan, memory, conditions or Conditions(), seconds)
 
 
-def watch_revert(pid: int, patch_id: str, seconds: float) -> Watched | None:
+def watch_revert(
+    pid: int, patch_id: str, seconds: float, conditions: Conditions | None = None
+) -> Watched | None:
     """Look for ``seconds`` at what keeps a patch from being reverted; None where it is out of force already.
 
     Changes nothing. Raises as ``revert``, but for what is live.
@@ -262,7 +266,7 @@ def watch_revert(pid: int, patch_id: str, seconds: float) -> Watched | None:
             return None
         now = situation(seen.records, _module_of(record, seen))
         plan = plan_revert(record, now, memory.read_many, seen.modules)
-        return watch(seen, record.contents, plan, memory, seconds)
+        return watch(seen, record.contents, plan, memory, conditions or Conditions(), seconds)
 
 
 def _module_of(record: Record, seen: Snapshot) -> Module:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from elfdiff.errors import BadInput, Busy
 
-from . import Report, add_pid, plural, seconds
+from . import Report, add_deep_check, add_pid, plural, seconds
 
 if TYPE_CHECKING:
     from patcher.liveness import Activation, Watched
@@ -30,6 +30,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         "--revert", nargs="?", const="", metavar="ID", help="ask for revert instead: of the patch with this id"
     )
     add_pid(parser)
+    add_deep_check(parser)
     parser.add_argument(
         "--for", dest="seconds", type=seconds, default=1.0, metavar="SECONDS", help="how long to look (default: 1)"
     )
@@ -40,6 +41,7 @@ def run(arguments: argparse.Namespace) -> Report:
     from elfdiff.patchfile import read_patch
 
     from .. import transaction
+    from ..conditions import Conditions
 
     if (arguments.patch is None) == (arguments.revert is None):
         raise BadInput(
@@ -47,11 +49,12 @@ def run(arguments: argparse.Namespace) -> Report:
             why="what is in the way depends on what is to be written",
             next_step="livegraft blocking PATCH --pid PID",
         )
+    asked = Conditions(deep_check=arguments.deep_check, deep_limit=arguments.deep_limit)
     if arguments.patch is not None:
         patch = read_patch(arguments.patch)
-        watched = transaction.watch_apply(arguments.pid, patch, arguments.seconds)
+        watched = transaction.watch_apply(arguments.pid, patch, arguments.seconds, asked)
     else:
-        watched = transaction.watch_revert(arguments.pid, arguments.revert, arguments.seconds)
+        watched = transaction.watch_revert(arguments.pid, arguments.revert, arguments.seconds, asked)
     if watched is None:
         nothing = {"pid": arguments.pid, "looks": 0, "quiescent": 0, "live": [], "seen": [], "never_live": []}
         return Report(nothing, ["nothing would be written, so nothing is in the way"])
@@ -101,12 +104,13 @@ def _activation_lines(item: Activation, watched: Watched) -> list[str]:
     from .shared import safe
 
     name = f" ({safe(item.thread)})" if item.thread else ""
+    who = f"thread {item.tid}{name}" if item.tid else "a stack that no thread runs on"
     since = f"for {item.age:.1f} s"
     if item.first == 1:
         since = f"since before the first look, {item.age:.1f} s ago"
     often = "in every look" if item.looks == watched.looks else f"in {item.looks} of {watched.looks} looks"
     sure = "is in" if item.certain else "may be in"
     return [
-        f"  thread {item.tid}{name} {sure} {safe(item.function)}, {since}, {often}: {safe(item.why)}",
+        f"  {who} {sure} {safe(item.function)}, {since}, {often}: {safe(item.why)}",
         *(f"      #{depth} {safe(frame)}" for depth, frame in enumerate(item.stack)),
     ]
