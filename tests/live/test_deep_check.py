@@ -30,7 +30,7 @@ from patcher.modules import modules
 from patcher.proc import mappings, status
 from patcher.stopping import seize
 from patcher.switching_x86_64 import stack_switchers
-from patcher.transaction import apply, check, revert
+from patcher.transaction import apply, check, revert, watch_apply
 from patcher.unwind import Unwinder
 from tests.compile import Compiler
 from tests.live.grafting import patch_for
@@ -326,6 +326,18 @@ def test_whatever_it_cannot_read_nothing_is_written(pair: Pair, name: str) -> No
             assert status(program.pid).tracer_pid == 0
             assert program.tell("ask") == "6" and altered_code(program.pid) == []
         assert failed
+
+
+def test_blocking_shows_coroutines(pair: Pair) -> None:
+    with Parking(pair.program) as program:
+        program.tell("park mapped")
+        watched = watch_apply(program.pid, pair.patch, 0.0)
+        assert watched is not None
+        (found,) = {(item.tid, item.thread, item.function, item.certain) for item in watched.now}
+        assert found == (0, "", "work", False)
+        program.tell("finish")
+        watched = watch_apply(program.pid, pair.patch, 0.0)
+        assert watched is not None and not watched.now and watched.quiescent == 1
 
 
 # --- memory ---
