@@ -88,7 +88,6 @@ def _target(found: ProcessStatus, tried: Probes) -> Iterator[Check]:
     pid, name = found.pid, found.name
     barriers = (
         ("process", f"{name}, user {found.uid}", obstacles.not_a_target(pid, name, why_not_a_target(pid, found))),
-        ("main thread", "lives", obstacles.ended_main_thread(pid, name, found.zombie)),
     )
     for check, said, obstacle in barriers:
         yield judged(check, said, obstacle)
