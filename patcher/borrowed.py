@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from elfdiff.errors import BadInput, Busy, LivegraftError
+from elfdiff.errors import BadInput, Busy, LivegraftError, NotPermitted
 from trampolines.stub_x86_64 import RESTORED, RETURN_OFFSET, stub_bytes
 
 from . import ptrace, seam, tracees
@@ -219,13 +219,21 @@ Candidates = Callable[[int], Sequence[int]]
 def borrow(pid: int, memory: Memory, deadline: float, candidates: Candidates) -> Borrowed:
     """Stop one thread of a process that may make system calls; ``deadline`` is a time.monotonic() value.
 
-    Raises Busy (no thread was fit until then), BadInput (the process has exited), NotPermitted.
+    Raises Busy (no thread was fit until then), BadInput (the process has exited), NotPermitted (none may be used).
     """
     while True:
-        for tid in candidates(pid):
-            thread = borrow_thread(pid, tid, memory)
+        refusals: list[NotPermitted] = []
+        tids = candidates(pid)
+        for tid in tids:
+            try:
+                thread = borrow_thread(pid, tid, memory)
+            except NotPermitted as error:
+                refusals.append(error)  # a filter and a tracer are one thread's; another may have neither
+                continue
             if thread is not None:
                 return thread
+        if refusals and (len(refusals) == len(tids) or time.monotonic() >= deadline):
+            raise refusals[0]
         if time.monotonic() >= deadline:
             raise no_thread_is_fit(pid)
         time.sleep(_RETRY_PAUSE)

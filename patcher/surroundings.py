@@ -28,7 +28,7 @@ class Credentials:
     """Who a process is. ``uids`` are the real, effective and saved one; capabilities are bit sets (capabilities(7)).
 
     ``user_namespace`` names it, or is empty where the kernel does not tell us. ``owner`` is the user to whom the
-    kernel gives ``/proc/PID``: root's, unless the process is dumpable (proc(5)).
+    kernel gives what is in ``/proc/PID``: root's, unless the process is dumpable (proc(5)).
     """
 
     uids: tuple[int, int, int]
@@ -56,7 +56,7 @@ def credentials(pid: int) -> Credentials:
     except OSError:
         namespace = ""
     try:
-        owner = Path(f"/proc/{pid}").stat().st_uid
+        owner = Path(f"/proc/{pid}/mem").stat().st_uid
     except OSError:
         owner = uids[1]
     return Credentials(
