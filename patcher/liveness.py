@@ -94,10 +94,10 @@ def watch(
     be stopped), Refused (there is more memory than may be searched), Interrupted.
     """
     tally = _Tally()
-    began = time.monotonic()
     interval = max(_INTERVAL, seconds / _MOST_LOOKS)
     deep = deep_check(plan, seen, memory, conditions)
     with deep or nullcontext(), stack_check(plan, seen, memory, deep) as check:
+        began = time.monotonic()
         while True:
             heed()
             live = _look(check, memory.pid)
