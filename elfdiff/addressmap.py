@@ -10,6 +10,7 @@ instructions of functions that changed.
 from __future__ import annotations
 
 import bisect
+from collections import Counter
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elfdiff.code import Code
-from elfdiff.image import Addresses, Image, Kind
+from elfdiff.image import STT_OBJECT, Addresses, Image, Kind, SymbolTable
 from elfdiff.matching import Matching
 from elfdiff.pairing import distinct, paired
 
@@ -112,19 +113,23 @@ def learn(old: Code, new: Code, matching: Matching, alike: NDArray[np.int64]) ->
     forward, backward = _tally(pins.old[data], pins.new[data])
     voters = _voters(new, pins, data)
     old_of: dict[int, tuple[int, Evidence]] = {}
+    elements = _Elements(old.image, new.image)
     for n, votes in forward.items():
         o = _winner(votes)
+        if o is not None and n not in voters.constant and elements.differ(o, n):
+            continue  # whoever names these has changed, though its bytes have not
         if n in voters.constant:
             old_of[n] = _most_voted(votes), Evidence.PIN
         elif o is not None and _winner(backward[o]) == n and not _other_name(old.image, new.image, o, n):
             old_of[n] = o, Evidence.PIN
     old_of.update(_by_name(old.image, new.image))
+    old_of.update({n: (elements.old_of(n), Evidence.NAME) for n in forward if n not in old_of and elements.differed(n)})
     order = _order(old, new, old_of)
     for n in [n for n, (o, e) in old_of.items() if e is Evidence.PIN and n in voters.single and not order.fits(o, n)]:
         del old_of[n]
     order = _order(old, new, old_of)
     disputed = frozenset(n for n in forward if n not in old_of)
-    _add_survivors(old, new, matching, old_of, disputed, order)
+    _add_survivors(old, new, matching, old_of, disputed, order, elements)
     return AddressMap(pins, old_of, disputed, order)
 
 
@@ -167,6 +172,63 @@ def _other_name(old: Image, new: Image, o: int, n: int) -> bool:
     return first is not None and second is not None and not first & second
 
 
+class _Elements:
+    """Places in variables that both builds have under one name, where both have all of their symbols.
+
+    An instruction that named one element of an array and now names another is the same but for that. Only the offset is
+    believed: of equal names whose numbers the compiler gave (``count.1``) each build may mean another variable.
+    """
+
+    def __init__(self, old: Image, new: Image) -> None:
+        known = old.symbols.complete and new.symbols.complete
+        self._old, self._new = (_objects(image.symbols) if known else ([], []) for image in (old, new))
+        self._old_named, self._new_named = (_by_unique_name(objects[1]) for objects in (self._old, self._new))
+        self._differed: dict[int, int] = {}
+
+    def differ(self, o: int, n: int) -> bool:
+        """Whether an old and a new address are different places in one variable."""
+        first, second = _around(self._old, o), _around(self._new, n)
+        if first is None or second is None or first[1:] != second[1:] or o - first[0] == n - second[0]:
+            return False
+        name = first[2]
+        if self._old_named.get(name) != first or self._new_named.get(name) != second:
+            return False
+        self._differed[n] = first[0] + n - second[0]
+        return True
+
+    def differed(self, n: int) -> bool:
+        """Whether a new address was found to be another place than some old one."""
+        return n in self._differed
+
+    def old_of(self, n: int) -> int:
+        """The old address of such a place."""
+        return self._differed[n]
+
+
+_Object = tuple[int, int, str]  # address, size, name
+_Objects = tuple[list[int], list[_Object]]
+
+
+def _objects(symbols: SymbolTable) -> _Objects:
+    """Data symbols by rising address, and their addresses."""
+    rows = zip(symbols.values.tolist(), symbols.sizes.tolist(), symbols.types.tolist(), symbols.names, strict=True)
+    found = sorted({(value, size, name) for value, size, kind, name in rows if kind == STT_OBJECT and size})
+    return [value for value, _, _ in found], found
+
+
+def _by_unique_name(objects: list[_Object]) -> dict[str, _Object]:
+    counts = Counter(name for _, _, name in objects)
+    return {item[2]: item for item in objects if counts[item[2]] == 1}
+
+
+def _around(objects: _Objects, address: int) -> _Object | None:
+    index = bisect.bisect_right(objects[0], address) - 1
+    if index < 0:
+        return None
+    found = objects[1][index]
+    return found if address < found[0] + found[1] else None
+
+
 def _by_name(old: Image, new: Image) -> dict[int, tuple[int, Evidence]]:
     """Exported variables: other modules and the dynamic linker know them by name and by nothing else."""
     common = {n: old.exports[name] for name, n in new.exports.items() if name in old.exports}
@@ -199,6 +261,7 @@ def _add_survivors(
     old_of: dict[int, tuple[int, Evidence]],
     disputed: frozenset[int],
     order: Order,
+    elements: _Elements,
 ) -> None:
     left, right, _ = matching.alignments.references(matching.pairs(same=False))
     first, second = old.references.target[left], new.references.target[right]
@@ -209,5 +272,6 @@ def _add_survivors(
         o = _most_voted(votes)
         writable = new.image.kind_at(n) in WRITABLE
         wrong = writable and (o in taken or not order.fits(o, n) or _other_name(old.image, new.image, o, n))
+        wrong |= writable and elements.differ(o, n)
         if n not in old_of and n not in disputed and len(votes) == 1 and not wrong:
             old_of[n] = o, Evidence.SURVIVOR

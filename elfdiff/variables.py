@@ -12,7 +12,6 @@ from functools import cached_property
 
 import numpy as np
 
-from elfdiff.addressmap import CERTAIN
 from elfdiff.comparison import Comparison
 from elfdiff.image import STT_OBJECT, Addresses, Kind, SymbolTable
 
@@ -68,19 +67,12 @@ class Variables:
         if target in self.comparison.addresses.disputed:
             return "the evidence for it contradicts itself"
         if target in self.mapped:
-            named = self._by_name(target) if self._rests_on_a_survivor(target) else None
-            if isinstance(named, OldVariable):
-                return named  # another element of an array, say: the change is what the instruction names
             grown = self._grown(target, self.mapped[target]) if whole else None
             return grown or OldVariable(self.mapped[target])
         if target in self.new.image.copies:
             return "it is a library's variable of which the running program has no copy"
         named = self._by_name(target)
         return named if named is not None else self._by_neighbours(target)
-
-    def _rests_on_a_survivor(self, target: int) -> bool:
-        found = self.comparison.addresses.old_of.get(target)
-        return found is not None and found[1] not in CERTAIN
 
     # -- neighbours ------------------------------------------------------------------------------------------
 
