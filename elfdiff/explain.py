@@ -27,6 +27,7 @@ from elfdiff.patchobject import (
     Finding,
     Import,
     LineOnly,
+    OldCode,
     PatchFunction,
     PatchObject,
     Reason,
@@ -142,6 +143,7 @@ class Explanation:
     segments: tuple[Segment, ...]
     rewritten: tuple[Rewritten, ...] = field(repr=False)
     checked: int
+    old_codes: tuple[OldCode, ...] = ()
 
 
 def explain_pair(old: Path, new: Path, options: Options) -> Explanation:
@@ -180,6 +182,7 @@ def explain(patch: PatchObject, error: LivegraftError | None = None) -> Explanat
         segments=tuple(replace(segment, data=b"") for segment in patch.segments) if patch.functions else (),
         rewritten=tuple(_rewritten(patch)),
         checked=len(patch.checked),
+        old_codes=patch.old_codes,
     )
 
 

@@ -25,6 +25,7 @@ def explanation_json(explanation: Explanation) -> dict[str, Any]:
         "functions": [_function(item) for item in explanation.functions],
         "imports": [asdict(item) for item in explanation.imports],
         "removed": [asdict(item) for item in explanation.removed],
+        "old_codes": [asdict(item) for item in explanation.old_codes],
         "line_only": [asdict(item) for item in explanation.line_only],
         "findings": [asdict(item) for item in explanation.findings],
         "references": [asdict(item) for item in explanation.rewritten],

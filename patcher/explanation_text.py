@@ -98,6 +98,16 @@ def _rest(explanation: Explanation, style: Style) -> Iterator[str]:
     if explanation.removed:
         yield f"  removed    {plural(len(explanation.removed), 'function')}, to which nothing leads any more"
         yield from _wrapped([item.name for item in explanation.removed], style)
+    yield from _old_codes(explanation, style)
+
+
+def _old_codes(explanation: Explanation, style: Style) -> Iterator[str]:
+    may = [item.name for item in explanation.old_codes if not item.why_not]
+    if may:
+        yield f"  keep-live  {plural(len(may), 'function')} may finish the old code beside the new code of the others"
+        yield from _wrapped(may, style)
+    if len(may) < len(explanation.old_codes):
+        yield f"             {len(explanation.old_codes) - len(may)} may not (--json says why)"
 
 
 def _wrapped(names: Sequence[str], style: Style) -> list[str]:
