@@ -29,7 +29,7 @@ from trampolines.entry_x86_64 import ENTRY_JUMP_SIZE
 
 from .memory import Memory
 from .modules import Module, find_module
-from .record import Record, State
+from .record import KeptCode, Record, State
 from .scope import require_libraries, resolve, search_scope
 from .unwinders import LookupSlot, link_map_of, lookup_slots, require_unwinder
 
@@ -56,6 +56,8 @@ class Binding:
     """The slots through which the process looks up unwind tables, where the patch has such tables."""
     link_map: int = 0
     """The address of the image's struct link_map (link.h), or 0."""
+    kept: tuple[KeptCode, ...] = ()
+    """Old code that threads may finish (``keeping``)."""
 
     @property
     def old_bias(self) -> int:

@@ -37,7 +37,7 @@ VERBS = {
     "check": "Do everything that apply would do but the writing.",
     "apply": "Put a patch in force in a running process.",
     "revert": "Take a patch out of force again.",
-    "blocking": "Show what is in the way of a patch: which thread is in which function that changes.",
+    "blocking": "Show what is in the way of a patch.",
     "status": "Show which patches a process carries.",
     "doctor": "Say whether livegraft can work here, and on a process.",
     "outdated": "List the processes that run files which an upgrade has deleted or replaced.",

@@ -14,8 +14,13 @@ class Conditions:
 
     ``deep_check``: whether all writable memory is searched for stacks that no thread runs on, at most ``deep_limit``
     bytes of it; None does it where the process has an image that may switch stacks.
+
+    ``keep_live``: names or old addresses of functions whose old code threads may finish; ``keepable``, filled in from
+    the patch, are the names that could be given, for the advice where one of them stays live.
     """
 
     timeout: float = 10.0
     deep_check: bool | None = None
     deep_limit: int = DEEP_LIMIT
+    keep_live: tuple[str, ...] = ()
+    keepable: frozenset[str] = frozenset()

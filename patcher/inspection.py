@@ -1,11 +1,12 @@
-"""What patches a process carries, for people and programs that ask; changes nothing and stops nobody."""
+"""What patches a process carries, for people and programs that ask; changes nothing."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from elfdiff.errors import LivegraftError
+from elfdiff.errors import Busy, LivegraftError, NotPermitted
 
+from .keeping import Finishing, finishing
 from .memory import Memory
 from .proc import mappings
 from .record import DamagedRecord, Record, State, find_records
@@ -35,16 +36,22 @@ class CarriedPatch:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """All that is known of a process: its patches by rising address of their records."""
+    """All that is known of a process: its patches by rising address of their records.
+
+    ``finishing`` are the threads in old code that a patch has kept; None where they could not be stopped for a look,
+    and ``why_unknown`` says why.
+    """
 
     pid: int
     process: str
     patches: tuple[CarriedPatch, ...]
     damaged: tuple[DamagedRecord, ...]
+    finishing: tuple[Finishing, ...] | None = ()
+    why_unknown: str = ""
 
 
 def inspect_process(pid: int) -> Inspection:
-    """Look for the patches of a process.
+    """Look for the patches of a process. Stops it only where a patch has kept old code, to see who is in it.
 
     Raises BadInput (no such process, a kernel thread, a zombie, this process), NotPermitted.
     """
@@ -52,7 +59,18 @@ def inspect_process(pid: int) -> Inspection:
     with Memory(pid) as memory:
         records, damaged = find_records(mappings(pid), memory)
         patches = tuple(_carried(record, memory) for record in records)
-    return Inspection(pid, found.name, patches, damaged)
+        inside, why = _finishing(pid, records, memory)
+    return Inspection(pid, found.name, patches, damaged, inside, why)
+
+
+def _finishing(
+    pid: int, records: tuple[Record, ...], memory: Memory
+) -> tuple[tuple[Finishing, ...] | None, str]:
+    """Who is in kept old code; what else is known of the process is said in any case."""
+    try:
+        return finishing(pid, records, memory), ""
+    except (Busy, NotPermitted) as error:
+        return None, f"{error.what}: {error.why}"
 
 
 def _carried(record: Record, memory: Memory) -> CarriedPatch:

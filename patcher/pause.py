@@ -7,7 +7,7 @@ compared once more, since the program ran on in between.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -22,7 +22,7 @@ from .modules import Module, module_of
 from .plan import PageWrite, Plan, StateWrite
 from .proc import has_exited, no_such_process
 from .quiescence import LiveFrame, StackCheck
-from .record import STATE_OFFSET
+from .record import STATE_OFFSET, Record
 from .returns import Waiting, Waits
 from .stopping import SeizedProcess, seize
 from .switching_x86_64 import stack_switchers
@@ -76,7 +76,7 @@ def carry_out(
                 done = _one_stop(plan, check, memory, on_step if write else None)
             except _NotQuiescent as error:
                 live = error.live
-                busy = _busy(live, seen, plan.forbidden, conditions.timeout, tries, waiting.waits)
+                busy = _busy(live, seen, plan.forbidden, conditions, tries, waiting.waits)
             except Busy as error:
                 busy = error
             else:
@@ -95,7 +95,7 @@ def carry_out(
 
 def stack_check(plan: Plan, seen: Snapshot, memory: Memory, deep: DeepCheck | None = None) -> StackCheck:
     """Return the check that a pause for ``plan`` makes. Raises as ``StackCheck``."""
-    return StackCheck(memory, plan.forbidden, patch_tables(seen), deep=deep)
+    return StackCheck(memory, plan.forbidden, patch_tables(seen.records), deep=deep)
 
 
 def deep_check(plan: Plan, seen: Snapshot, memory: Memory, conditions: Conditions) -> DeepCheck | None:
@@ -206,13 +206,13 @@ def _roll_back(pages: Sequence[PageWrite], states: Sequence[StateWrite], memory:
         ) from error
 
 
-def patch_tables(seen: Snapshot) -> tuple[UnwindTable, ...]:
+def patch_tables(records: Iterable[Record]) -> tuple[UnwindTable, ...]:
     """Return the unwind tables of the code that patches have brought into the process."""
     return tuple(
         UnwindTable(
             f"patch {record.short_id}", segment.start, segment.start + segment.size, record.contents.eh_frame_hdr
         )
-        for record in seen.records
+        for record in records
         for segment in record.contents.segments
         if segment.flags & 1
     )
@@ -222,7 +222,7 @@ def _busy(
     live: Sequence[LiveFrame],
     seen: Snapshot,
     forbidden: Sequence[ForbiddenRange],
-    timeout: float,
+    conditions: Conditions,
     tries: int,
     waits: Waits,
 ) -> Busy:
@@ -242,11 +242,18 @@ def _busy(
     return Busy(
         f"{names} stayed live in process {seen.pid} ({seen.name})",
         why=f"{_who(first)} {'is' if first.certain else 'may be'} in {first.name}; looked {tries} times "
-        f"in {timeout:g} s{how}",
+        f"in {conditions.timeout:g} s{how}",
         next_step=f"see for how long and how often: livegraft blocking PATCH --pid {seen.pid} (of a revert: --revert); "
-        "try again when the program does something else, or with a longer --timeout",
+        f"try again when the program does something else, or with a longer --timeout{_or_keep(live, conditions)}",
         details=tuple(details),
     )
+
+
+def _or_keep(live: Sequence[LiveFrame], conditions: Conditions) -> str:
+    names = dict.fromkeys(frame.name for frame in live)
+    if not all(name in conditions.keepable for name in names):
+        return ""
+    return f"; or let the threads that are in it finish the old code: --keep-live {','.join(names)}"
 
 
 def _who(frame: LiveFrame) -> str:

@@ -184,10 +184,11 @@ def idle_ranges(binding: Binding) -> tuple[ForbiddenRange, ...]:
     The old functions that the new build no longer has, and what binds the slots that are to lead to the patch: a
     thread that is about to bind one would write over it.
     """
+    kept = {item.start - binding.old_bias for item in binding.kept}
     removed = (
         ForbiddenRange(item.name, item.start + binding.old_bias, item.start + binding.old_bias + item.size)
         for item in binding.patch.removed
-        if item.size
+        if item.size and item.start not in kept
     )
     return (*removed, *(item for slot in binding.lookups for item in slot.binding))
 
@@ -295,11 +296,16 @@ def _require_known(address: int, held: bytes, known: set[bytes]) -> None:
 
 
 def _old_ranges(contents: Contents) -> list[ForbiddenRange]:
-    """The old code of every patched function."""
-    return [
-        ForbiddenRange(function.name, function.old_start, function.old_start + _taken(function))
+    """The old code of every patched function; of what is kept, only what the entry jump takes."""
+    kept = {item.start for item in contents.kept}
+    sizes = [
+        (function, ENTRY_JUMP_SIZE * function.entry_jump if function.old_start in kept else _taken(function))
         for function in contents.functions
-        if function.old_start is not None and function.old_size
+    ]
+    return [
+        ForbiddenRange(function.name, function.old_start, function.old_start + size)
+        for function, size in sizes
+        if function.old_start is not None and function.old_size and size
     ]
 
 

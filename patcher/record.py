@@ -39,7 +39,7 @@ from .memory import Memory
 from .proc import Mapping
 
 MAGIC = b"LVGRAFT\x01"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MEMFD_PATH = "/memfd:livegraft"
 """How ``/proc/PID/maps`` and ``/proc/PID/fd`` show the memory files that ``RemoteCaller`` makes."""
 STATE_OFFSET = 16
@@ -124,11 +124,21 @@ class RecordedLookup:
 
 
 @dataclass(frozen=True, slots=True)
+class KeptCode:
+    """Old code that threads may finish while its patch is in force: absolute start, size in bytes."""
+
+    name: str
+    start: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
 class Contents:
     """What a slot says. ``instance`` names one transaction; ``replaces`` are the instances that it put aside.
 
     ``time`` is in seconds since the epoch; ``sealed`` says that the mappings come from a memfd and not from
-    anonymous memory. ``lifted`` are the codes of findings for which the patch would have been refused without --allow.
+    anonymous memory. ``lifted`` are the codes of findings for which the patch would have been refused without --allow;
+    ``kept`` is what --keep-live named.
     """
 
     patch: str
@@ -147,6 +157,7 @@ class Contents:
     replaces: tuple[str, ...]
     lifted: tuple[str, ...] = ()
     lookups: tuple[RecordedLookup, ...] = ()
+    kept: tuple[KeptCode, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,6 +308,7 @@ def _contents(value: Any) -> Contents:
         replaces=tuple(_hex(item) for item in _items(fields["replaces"])),
         lifted=tuple(_text(item) for item in _items(fields["lifted"])),
         lookups=tuple(_lookup(item) for item in _items(fields["lookups"])),
+        kept=tuple(_kept(item) for item in _items(fields["kept"])),
     )
 
 
@@ -402,6 +414,11 @@ def _lookup(value: Any) -> RecordedLookup:
         passes_to=_number(fields["passes_to"]),
         stand_in=_number(fields["stand_in"]),
     )
+
+
+def _kept(value: Any) -> KeptCode:
+    fields = _fields(value, KeptCode)
+    return KeptCode(_text(fields["name"]), _number(fields["start"]), _number(fields["size"]))
 
 
 def find_records(maps: Sequence[Mapping], memory: Memory) -> tuple[tuple[Record, ...], tuple[DamagedRecord, ...]]:

@@ -119,6 +119,7 @@ def _stage_again(record: Record, binding: Binding, now: Situation, memory: Memor
         journal=journal,
         replaces=replaces,
         lookups=kept(record.contents.lookups, binding, now.everything),
+        kept=binding.kept,
     )
     data = encode_slot(contents)
     slot = free_slot(record, data)
@@ -280,6 +281,7 @@ def make_draft(binding: Binding, base: int, now: Situation, memory: Memory, tool
         replaces=tuple(record.contents.instance for record in now.active),
         lifted=tuple(sorted({item.code for item in patch.findings if item.lifted})),
         lookups=lookups,
+        kept=binding.kept,
     )
     return Draft(contents, segments)
 

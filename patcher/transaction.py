@@ -18,6 +18,7 @@ from elfdiff.patchobject import PatchObject
 from .binding import Binding, bind
 from .conditions import DEEP_LIMIT, Conditions
 from .interruption import heed
+from .keeping import keepable, kept_code
 from .liveness import Watched, watch
 from .lookups import all_in_place, require_believable_lookups
 from .memory import Memory
@@ -66,19 +67,20 @@ def apply(
     timeout: float = DEFAULT_TIMEOUT,
     deep_check: bool | None = None,
     deep_limit: int = DEEP_LIMIT,
+    keep_live: Sequence[str] = (),
     on_step: OnStep = _no_step,
 ) -> Outcome:
     """Put ``patch`` in force in process ``pid``, in place of any other patch of the same image.
 
-    ``timeout`` (seconds) is for the functions to become idle; ``deep_check`` and ``deep_limit`` are those of
-    ``Conditions``. ``on_step`` is called at each point at which the death of this process leaves something else
-    behind, for tests.
+    ``timeout`` (seconds) is for the functions to become idle; ``deep_check``, ``deep_limit`` and ``keep_live`` are
+    those of ``Conditions``. ``on_step`` is called at each point at which the death of this process leaves something
+    else behind, for tests.
 
     Raises BadInput, NotPermitted, Refused, Busy (a function stayed live), Changed (it kept changing meanwhile),
     LivegraftError; in all these cases the target is as before. TargetDamaged where it is not.
     """
     with open_target(pid) as memory:
-        asked = Conditions(timeout, deep_check, deep_limit)
+        asked = Conditions(timeout, deep_check, deep_limit, tuple(keep_live), keepable(patch))
         return _attempts(asked, lambda left: _apply(pid, patch, memory, left, on_step))
 
 
@@ -96,7 +98,7 @@ def _attempts(conditions: Conditions, attempt: Callable[[Conditions], Outcome]) 
 
 
 def _apply(pid: int, patch: PatchObject, memory: Memory, conditions: Conditions, on_step: OnStep) -> Outcome:
-    seen, binding, now = _bind(pid, patch, memory)
+    seen, binding, now = _bind(pid, patch, memory, conditions.keep_live)
     if _in_force(now, binding, memory):
         assert now.applied is not None
         return _already(seen, now.applied)
@@ -112,6 +114,7 @@ def check(
     timeout: float = DEFAULT_TIMEOUT,
     deep_check: bool | None = None,
     deep_limit: int = DEEP_LIMIT,
+    keep_live: Sequence[str] = (),
 ) -> Outcome:
     """Do all that ``apply`` does but the writing: every check, and stops of the process to look at its
     stacks.
@@ -120,12 +123,12 @@ def check(
     ``apply``.
     """
     with open_target(pid) as memory:
-        asked = Conditions(timeout, deep_check, deep_limit)
+        asked = Conditions(timeout, deep_check, deep_limit, tuple(keep_live), keepable(patch))
         return _attempts(asked, lambda left: _check(pid, patch, memory, left))
 
 
 def _check(pid: int, patch: PatchObject, memory: Memory, conditions: Conditions) -> Outcome:
-    seen, binding, now = _bind(pid, patch, memory)
+    seen, binding, now = _bind(pid, patch, memory, conditions.keep_live)
     if _in_force(now, binding, memory):
         assert now.applied is not None
         return _already(seen, now.applied)
@@ -135,9 +138,12 @@ def _check(pid: int, patch: PatchObject, memory: Memory, conditions: Conditions)
     return Outcome(pid, seen.name, contents, State.PREPARED, False, pause, mapped, now.active)
 
 
-def _bind(pid: int, patch: PatchObject, memory: Memory) -> tuple[Snapshot, Binding, Situation]:
+def _bind(
+    pid: int, patch: PatchObject, memory: Memory, keep_live: Sequence[str] = ()
+) -> tuple[Snapshot, Binding, Situation]:
     seen = _look(pid, memory)
     binding = bind(patch, seen.modules, memory, seen.records)
+    binding = replace(binding, kept=kept_code(patch, keep_live, binding.old_bias))
     return seen, binding, situation(seen.records, binding.module)
 
 

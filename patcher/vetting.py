@@ -18,7 +18,7 @@ from trampolines.entry_x86_64 import ENTRY_JUMP_SIZE, entry_jump_target
 from .binding import PF_X
 from .modules import Module
 from .proc import Mapping, by_living_thread, mapping_over
-from .record import MEMFD_PATH, JournalEntry, Record, State
+from .record import MEMFD_PATH, JournalEntry, KeptCode, Record, State
 
 
 def require_believable(records: Iterable[Record], loaded: Sequence[Module], maps: Sequence[Mapping], pid: int) -> None:
@@ -31,6 +31,8 @@ def require_believable(records: Iterable[Record], loaded: Sequence[Module], maps
         module = module_of_record(record, loaded)
         if module is None or record.state is State.PREPARED:
             continue
+        for item in record.contents.kept:
+            _require_code(record, item, module)
         text = own_text(record, maps)
         for mapping, entries in _by_mapping(record, module):
             with _mapped_file(pid, mapping) as descriptor:
@@ -53,6 +55,16 @@ def _by_mapping(record: Record, module: Module) -> Iterator[tuple[Mapping, Seque
             raise _unbelievable(record, entry, "there is no code of the image")
         groups.setdefault(mapping, []).append(entry)
     yield from groups.items()
+
+
+def _require_code(record: Record, item: KeptCode, module: Module) -> None:
+    mapping = mapping_over(module.mappings, item.start, item.size) if item.size else None
+    if mapping is None or not mapping.executable:
+        raise TargetDamaged(
+            f"the record at {record.address:#x} cannot be believed",
+            why=f"it says that {item.name} is kept at {item.start:#x}, where there is no code of the image",
+            next_step="restart the program; something in it has written over the record",
+        )
 
 
 def _require_plain(record: Record, entry: JournalEntry, text: Sequence[range]) -> None:

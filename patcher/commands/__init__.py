@@ -78,6 +78,26 @@ def _mebibytes(text: str) -> int:
     return int(text) << 20
 
 
+def add_keep_live(parser: argparse.ArgumentParser) -> None:
+    """Add ``--keep-live``, which functions threads may finish in their old code."""
+    parser.add_argument(
+        "--keep-live",
+        type=_names,
+        action="extend",
+        default=[],
+        metavar="NAME[,NAME]",
+        help="let threads that are in these functions finish them in their old code (a main loop that never returns), "
+        "where the patch says that this is safe; each new call runs the new code",
+    )
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of functions")
+    return names
+
+
 def process_id(text: str) -> int:
     """Read a process id, for argparse. Raises ArgumentTypeError."""
     value = int(text) if text.isascii() and text.isdigit() else 0

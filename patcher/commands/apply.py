@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import Report, add_deep_check, add_pid, add_timeout
+from . import Report, add_deep_check, add_keep_live, add_pid, add_timeout
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +19,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     add_pid(parser)
     add_timeout(parser)
     add_deep_check(parser)
+    add_keep_live(parser)
 
 
 def run(arguments: argparse.Namespace) -> Report:
@@ -30,6 +31,7 @@ def run(arguments: argparse.Namespace) -> Report:
         builds_line,
         findings_json,
         functions_line,
+        kept_lines,
         lifted_lines,
         outcome_json,
         pause_line,
@@ -44,6 +46,7 @@ def run(arguments: argparse.Namespace) -> Report:
         timeout=arguments.timeout,
         deep_check=arguments.deep_check,
         deep_limit=arguments.deep_limit,
+        keep_live=arguments.keep_live,
     )
     contents = outcome.contents
     head = f"{safe(outcome.process)} (pid {outcome.pid})"
@@ -57,7 +60,7 @@ def run(arguments: argparse.Namespace) -> Report:
             f"  pause      {pause_line(outcome)}",
             f"  mapped     {outcome.mapped_bytes // 1024} KiB",
         ]
-        text += [f"  {line}" for line in (*lifted_lines(contents), *warning_lines(patch))]
+        text += [f"  {line}" for line in (*kept_lines(contents), *lifted_lines(contents), *warning_lines(patch))]
         text += [f"  replaced   {item.short_id}" for item in outcome.others]
         text += [f"  undo with  livegraft revert --pid {outcome.pid} {contents.patch[:12]}"]
     return Report({**outcome_json(outcome), "findings": findings_json(patch)}, text)

@@ -1,9 +1,9 @@
-"""Show what is in the way of a patch: which thread is in which function that changes.
+"""Show what is in the way of a patch.
 
 Looks at the process again and again for a while, in stops of about a millisecond, and writes nothing. Says of each
-function that was live which thread was in it, where it was called from and since when; which functions were never live;
-and in how many of the looks apply could have gone ahead. The exit status is 5 if something was in the way at the last
-look. With --revert it is about taking a patch out of force.
+function that changes and was live which thread was in it, where it was called from and since when; which functions were
+never live; and in how many of the looks apply could have gone ahead. The exit status is 5 if something was in the way
+at the last look. With --revert it is about taking a patch out of force.
 """
 
 from __future__ import annotations

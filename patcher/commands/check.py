@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import Report, add_deep_check, add_pid, add_timeout
+from . import Report, add_deep_check, add_keep_live, add_pid, add_timeout
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +19,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     add_pid(parser)
     add_timeout(parser)
     add_deep_check(parser)
+    add_keep_live(parser)
 
 
 def run(arguments: argparse.Namespace) -> Report:
@@ -31,6 +32,7 @@ def run(arguments: argparse.Namespace) -> Report:
         builds_line,
         findings_json,
         functions_line,
+        kept_lines,
         lifted_lines,
         outcome_json,
         pause_line,
@@ -46,6 +48,7 @@ def run(arguments: argparse.Namespace) -> Report:
         timeout=arguments.timeout,
         deep_check=arguments.deep_check,
         deep_limit=arguments.deep_limit,
+        keep_live=arguments.keep_live,
     )
     contents = outcome.contents
     head = f"{safe(outcome.process)} (pid {outcome.pid})"
@@ -59,7 +62,7 @@ def run(arguments: argparse.Namespace) -> Report:
             f"  pause      {pause_line(outcome)}",
             f"  to map     {outcome.mapped_bytes // 1024} KiB",
         ]
-        text += [f"  {line}" for line in (*lifted_lines(contents), *warning_lines(patch))]
+        text += [f"  {line}" for line in (*kept_lines(contents), *lifted_lines(contents), *warning_lines(patch))]
         text += [f"  replaces   {item.short_id}" for item in outcome.others]
     state = "applied" if outcome.already else "applicable"
     body = {**outcome_json(outcome), "findings": findings_json(patch), "state": state}

@@ -45,6 +45,7 @@ def contents_json(contents: Contents) -> dict[str, Any]:
         "applied_at": moment(contents.time),
         "tool_version": contents.tool_version,
         "lifted": list(contents.lifted),
+        "kept": [{"name": item.name, "start": item.start, "size": item.size} for item in contents.kept],
         "functions": [function_json(item) for item in contents.functions],
     }
 
@@ -68,6 +69,12 @@ def outcome_json(outcome: Outcome) -> dict[str, Any]:
         "others": [{"id": item.contents.patch, "was": state_name(item.state)} for item in outcome.others],
         **contents_json(outcome.contents),
     }
+
+
+def kept_lines(contents: Contents) -> list[str]:
+    """Return what was kept live, where anything was."""
+    names = dict.fromkeys(safe(item.name) for item in contents.kept)
+    return [f"kept live  {', '.join(names)}: threads that are in it finish the old code"] if names else []
 
 
 def lifted_lines(contents: Contents) -> list[str]:

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from elfdiff.errors import Busy
 from elfdiff.patchobject import PatchObject
 from patcher import returns, seam
 from patcher.breakpoints_x86_64 import MAX_BREAKPOINTS, Breakpoint
 from patcher.proc import status, thread_ids
-from patcher.transaction import Outcome, apply, check
+from patcher.transaction import Outcome, apply, watch_apply
 from tests.compile import Compiler
 from tests.live.grafting import Running, patch_for, sources
 
@@ -157,16 +156,15 @@ def test_without_breakpoints_it_looks_again_and_again(program: Running, pair: tu
     assert program.ask(6) == [8]
 
 
-def test_a_thread_without_a_free_debug_register_is_looked_at_again(
+def test_a_thread_without_a_free_debug_register_cannot_be_waited_for(
     program: Running, pair: tuple[Path, PatchObject]
 ) -> None:
     worker = max(thread_ids(program.pid))
     with ExitStack() as taken:
         for number in range(MAX_BREAKPOINTS):
             taken.enter_context(Breakpoint(worker, 0x1000 + 8 * number))
-        with pytest.raises(Busy) as caught:
-            check(program.pid, pair[1], timeout=0.3)
-        assert os.strerror(errno.ENOSPC) in caught.value.why
+        watched = watch_apply(program.pid, pair[1], 0.0)
+        assert watched is not None and os.strerror(errno.ENOSPC) in watched.waiting
     program.ask(1, 2)
     assert apply(program.pid, pair[1]).pause is not None
 
