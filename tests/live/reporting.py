@@ -24,10 +24,10 @@ class Pair:
     patch: PatchObject
 
 
-def pair(name: str, folder: Path, *flags: str) -> Pair:
-    """Versions 1 and 2 of a program of ``fixtures/tracees``."""
-    old, new = (compile_version(SOURCES / f"{name}.c", version, folder, *flags) for version in (1, 2))
-    return Pair(old, make_patch(old, new, *CHANGED))
+def pair(name: str, folder: Path, *others: str) -> Pair:
+    """Versions 1 and 2 of a program of ``fixtures/tracees``; the patch changes ``others``, too."""
+    old, new = (compile_version(SOURCES / f"{name}.c", version, folder) for version in (1, 2))
+    return Pair(old, make_patch(old, new, *CHANGED, *others))
 
 
 @dataclass(frozen=True)

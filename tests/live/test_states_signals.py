@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from elfdiff.errors import Busy
+from patcher.transaction import apply
 from tests.live.reporting import Pair, Reporting, pair, reporting
 
 pytestmark = pytest.mark.root
@@ -54,3 +56,35 @@ def test_a_storm_of_signals_loses_none(start: Start, hertz: int) -> None:
 def test_a_long_storm_of_signals_loses_none(start: Start, hertz: int) -> None:
     with start(str(hertz)) as program:
         weather(program, int(os.environ.get("LIVEGRAFT_ROUNDS", "400")))
+
+
+@pytest.fixture(scope="session")
+def handlers(cache_folder: Path) -> Pair:
+    return pair("handlers", cache_folder / "handlers", "hooked_answer")
+
+
+def told(program: Reporting, expected: str) -> None:
+    """Give the program a byte; it answers with a line."""
+    process = program.torture.process
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write("x")
+    process.stdin.flush()
+    assert process.stdout.readline().strip() == expected
+
+
+def test_threads_inside_of_handlers_on_whatever_stack(handlers: Pair, tmp_path: Path) -> None:
+    with reporting(handlers, tmp_path) as program:
+        for _ in range(5):
+            program.there()
+            program.back()
+        program.torture.wait_for_progress()
+        assert program.torture.complaints == []
+        told(program, "inside")
+        with pytest.raises(Busy, match="hooked_answer"):
+            apply(program.pid, program.patch, timeout=0.2)
+        program.answers(1)
+        told(program, "outside")
+        program.there()
+        program.back()
+        assert program.torture.complaints == []
