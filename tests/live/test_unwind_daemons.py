@@ -20,17 +20,20 @@ from fixtures.memcached import run_memcached
 from fixtures.postgres import postgres_build, run_postgres
 from fixtures.redis import redis_build, run_benchmark, run_redis
 from fixtures.stacks import compile_program
+from fixtures.stepping import attached
 from fixtures.tracees import running
 from patcher.memory import Memory
-from patcher.proc import mappings
+from patcher.proc import mappings, thread_ids
 from patcher.stopped import StoppedThread
 from patcher.stopping import seize
 from patcher.unwind import Stack, Unwinder
 from patcher.unwindtables import unwind_tables
 
+from .steptruth import Comparison
+
 pytestmark = [pytest.mark.root, pytest.mark.apt]
 
-ORDINARY, SOAK = 150, 1250
+ORDINARY, SOAK = 60, 1400
 """Stacks of each of the four programs."""
 SECONDS = 900.0
 CLIENTS = 4
@@ -64,11 +67,18 @@ class Tally:
             self.differences.append(f"{_words(ours)} != {_words(theirs)}")
 
 
+    def words(self, program: str) -> str:
+        return (
+            f"{program}: {self.stacks} stacks, {self.frames} frames, {self.signal_frames} signal frames, "
+            f"{len(self.places)} places, incomplete {dict(self.incomplete)}, differences {len(self.differences)}"
+        )
+
+
 def _words(frames: Sequence[tuple[int, bool]]) -> str:
     return " ".join(f"{pc:#x}{'!' * exact}" for pc, exact in frames)
 
 
-class Comparison:
+class Sampler:
     """One process, unwound by both; a context manager."""
 
     def __init__(self, pid: int) -> None:
@@ -79,7 +89,7 @@ class Comparison:
         self._unwinder = Unwinder(unwind_tables(mappings(pid), self._memory), self._memory.read)
         self._unwinder.prepare()
 
-    def __enter__(self) -> Comparison:
+    def __enter__(self) -> Sampler:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -100,10 +110,10 @@ def compare(pids: Sequence[int], stacks: int) -> Tally:
     tally = Tally()
     end = time.monotonic() + SECONDS
     with contextlib.ExitStack() as stack:
-        comparisons = [stack.enter_context(Comparison(pid)) for pid in pids]
+        samplers = [stack.enter_context(Sampler(pid)) for pid in pids]
         while tally.stacks < stacks and time.monotonic() < end:
-            for comparison in comparisons:
-                comparison.sample(tally)
+            for sampler in samplers:
+                sampler.sample(tally)
                 time.sleep(0.002)  # the load must get on
     assert tally.stacks >= stacks
     return tally
@@ -126,7 +136,7 @@ def memcached(cache: Path, folder: Path) -> Iterator[Sequence[int]]:
 def postgres(cache: Path, folder: Path) -> Iterator[Sequence[int]]:
     build = postgres_build(newest("postgresql-15", cache), cache)
     with run_postgres(build) as server, server.benchmark(CLIENTS):
-        yield server.pids
+        yield server.pid, *server.backends
 
 
 @contextlib.contextmanager
@@ -150,25 +160,46 @@ Program = Callable[[Path, Path], "contextlib.AbstractContextManager[Sequence[int
 PROGRAMS = {"redis": redis, "memcached": memcached, "postgres": postgres, "C++": cplusplus}
 
 
-def no_difference(program: str, cache_folder: Path, folder: Path, stacks: int) -> Tally:
+def processor_time(pids: Sequence[int]) -> dict[int, int]:
+    """Ticks that each thread has used (proc(5), utime and stime)."""
+    used = {}
+    for tid in (tid for pid in pids for tid in thread_ids(pid)):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            words = Path(f"/proc/{tid}/stat").read_text().rpartition(")")[2].split()
+            used[tid] = int(words[11]) + int(words[12])
+    return used
+
+
+def no_difference(program: str, cache_folder: Path, folder: Path, stacks: int, steps: int) -> None:
+    """The same as libdw where the threads happen to be stopped, then at every instruction of the busiest of them.
+
+    There it must also be what its calls and returns say.
+    """
     if not libdw.available():
         pytest.skip("libdw is not installed")
     with PROGRAMS[program](cache_folder / "packages", folder) as pids:
+        before = processor_time(pids)
         tally = compare(pids, stacks)
-    print(
-        f"{program}: {tally.stacks} stacks, {tally.frames} frames, {tally.signal_frames} signal frames, "
-        f"{len(tally.places)} places, incomplete {dict(tally.incomplete)}, differences {len(tally.differences)}"
-    )
-    assert tally.differences == []
-    return tally
+        after = processor_time(pids)
+        print(tally.words(program))
+        assert tally.differences == []
+        tid = max(before.keys() & after.keys(), key=lambda tid: after[tid] - before[tid])
+        with attached(tid) as stepper, libdw.Libdw(tid) as other:
+            comparison = Comparison(stepper, other=other)
+            stack = comparison.unwind()
+            assert stack.complete, stack.why
+            stepper.began_with(stack)
+            comparison.run(0, steps)
+    comparison.report(program)
+    assert comparison.complete > steps / 40 and comparison.garbled == []
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_stacks_are_those_of_libdw(program: str, cache_folder: Path, tmp_path: Path) -> None:
-    no_difference(program, cache_folder, tmp_path, ORDINARY)
+    no_difference(program, cache_folder, tmp_path, ORDINARY, 2000)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_many_stacks_are_those_of_libdw(program: str, cache_folder: Path, tmp_path: Path) -> None:
-    no_difference(program, cache_folder, tmp_path, SOAK)
+    no_difference(program, cache_folder, tmp_path, SOAK, 60_000)
