@@ -11,6 +11,7 @@ import pytest
 from elfdiff.errors import Busy
 from fixtures.tracees import state_of, wait_until
 from patcher.borrowed import among
+from patcher.descriptors import leaked_memory_files
 from patcher.inspection import inspect_process
 from patcher.memory import Memory
 from patcher.proc import status, thread_ids
@@ -18,6 +19,7 @@ from patcher.record import State
 from patcher.remote import MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, RemoteCaller
 from patcher.tracees import release_abandoned
 from patcher.transaction import apply, check
+from tests.live.answering import killed_at
 from tests.live.reporting import Pair, Reporting, pair, reporting
 
 pytestmark = pytest.mark.root
@@ -51,17 +53,34 @@ def test_a_process_whose_main_thread_has_ended_is_patched_like_any_other(start: 
             assert states(program.pid) == [State.REVERTED]
 
 
+def files_of(program: Reporting) -> dict[str, str]:
+    """The descriptors of the main thread. Asserts that the program's own files are as it wrote them."""
+    found = {path.name: str(path.readlink()) for path in Path(f"/proc/{program.pid}/fd").iterdir()}
+    files = [Path(path) for path in found.values() if Path(path).suffix[1:].isdecimal()]
+    assert len(files) == 16
+    assert all(path.read_text() == str(path) for path in files)
+    return found
+
+
 def test_descriptor_tables_of_other_threads_are_left_alone(start: Start) -> None:
     """The memory file of a patch is in one table only; the same number means the program's own files elsewhere."""
     with start("tables") as program:
-        folder = Path(f"/proc/{program.pid}/fd")
-        before = {path.name: str(path.readlink()) for path in folder.iterdir()}
+        before = files_of(program)
         program.there()
         program.back()
-        assert {path.name: str(path.readlink()) for path in folder.iterdir()} == before
-        files = [Path(path) for path in before.values() if Path(path).suffix[1:].isdecimal()]
-        assert len(files) == 16
-        assert all(path.read_text() == str(path) for path in files)
+        assert files_of(program) == before
+
+
+def test_what_a_killed_patcher_left_open_is_closed_where_it_is(start: Start) -> None:
+    with start("tables") as program:
+        before = files_of(program)
+        assert killed_at(0, lambda on_step: apply(program.pid, program.patch, on_step=on_step))
+        (left,) = leaked_memory_files(program.pid)
+        assert program.pid not in left.threads  # in the table of the other, who was asleep
+        assert files_of(program) == before
+        program.there()
+        assert leaked_memory_files(program.pid) == ()
+        assert files_of(program) == before
 
 
 def test_threads_of_several_users_and_names(start: Start) -> None:
