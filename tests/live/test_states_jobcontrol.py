@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import random
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,12 +12,14 @@ from pathlib import Path
 import pytest
 
 from fixtures.tracees import state_of, wait_until
+from patcher import seam
 from patcher.pause import OnStep
 from patcher.transaction import apply, revert
 from tests.live.reporting import TIMEOUT, Pair, Reporting, pair, reporting
 
 pytestmark = pytest.mark.root
 
+MOST_OPERATIONS = 450  # of an apply; a revert has fewer
 STOPPED, CONTINUED = (os.CLD_STOPPED, signal.SIGSTOP), (os.CLD_CONTINUED, signal.SIGCONT)
 
 
@@ -59,10 +63,16 @@ def heard(pid: int) -> list[tuple[int, int]]:
     return found
 
 
+def hears(pid: int, expected: tuple[int, int]) -> None:
+    """Wait until the parent is told something, which must be that and no more."""
+    told: list[tuple[int, int]] = []
+    wait_until(lambda: told.extend(heard(pid)) or told, "news of the program")  # type: ignore[func-returns-value]
+    assert told == [expected]
+
+
 def stop(pid: int) -> None:
     os.kill(pid, signal.SIGSTOP)
-    wait_until(lambda: state_of(pid) == "T", "the program to stop")
-    assert heard(pid) == [STOPPED]
+    hears(pid, STOPPED)
 
 
 def test_the_parent_hears_nothing_of_a_transaction(program: Reporting) -> None:
@@ -82,8 +92,9 @@ def test_a_stopped_process_is_patched_and_stays_stopped(program: Reporting) -> N
         assert heard(program.pid) == []
     assert program.tally("answer").rounds == rounds
     os.kill(program.pid, signal.SIGCONT)
+    hears(program.pid, CONTINUED)
     program.answers(2)
-    assert heard(program.pid) == [CONTINUED]
+    assert heard(program.pid) == []
 
 
 @pytest.mark.parametrize("moment", ["memory file", "mapped", "begun", "state"])
@@ -96,11 +107,12 @@ def test_a_stop_during_a_transaction_is_one_stop(program: Reporting, moment: str
             os.kill(program.pid, signal.SIGSTOP)
 
     applied(program, on_step)
-    wait_until(lambda: state_of(program.pid) == "T", "the program to stop")
-    assert heard(program.pid) == [STOPPED]
+    hears(program.pid, STOPPED)
+    assert state_of(program.pid) == "T"
     os.kill(program.pid, signal.SIGCONT)
+    hears(program.pid, CONTINUED)
     program.answers(2)
-    assert heard(program.pid) == [CONTINUED]
+    assert heard(program.pid) == []
 
 
 @pytest.mark.parametrize("moment", ["memory file", "mapped", "begun", "state"])
@@ -114,5 +126,39 @@ def test_a_stopped_process_that_is_continued_meanwhile_goes_on(program: Reportin
             os.kill(program.pid, signal.SIGCONT)
 
     applied(program, on_step)
+    hears(program.pid, CONTINUED)
     program.answers(2)
-    assert heard(program.pid) == [CONTINUED]
+    assert heard(program.pid) == []
+
+
+@pytest.mark.soak
+def test_a_stop_at_any_operation_is_one_stop(program: Reporting) -> None:
+    version, chosen = 1, random.Random(4)
+    for _ in range(int(os.environ.get("LIVEGRAFT_ROUNDS", "300"))):
+        when = chosen.randrange(MOST_OPERATIONS)
+        by_another(lambda when=when, version=version: stopping_at(when, program, version))  # type: ignore[misc]
+        hears(program.pid, STOPPED)
+        os.kill(program.pid, signal.SIGCONT)
+        hears(program.pid, CONTINUED)
+        version = 3 - version
+        program.answers(version)
+        assert heard(program.pid) == []
+
+
+def stopping_at(when: int, program: Reporting, version: int) -> None:
+    """Apply or revert, with a SIGSTOP to the target before operation ``when``, or at the end."""
+    operations = itertools.count()
+
+    def observer(name: str, subject: int) -> int:
+        del name, subject
+        if next(operations) == when:
+            os.kill(program.pid, signal.SIGSTOP)
+        return 0
+
+    with seam.observe(observer):
+        if version == 1:
+            apply(program.pid, program.patch, timeout=TIMEOUT)
+        else:
+            revert(program.pid, timeout=TIMEOUT)
+    if next(operations) <= when:
+        os.kill(program.pid, signal.SIGSTOP)
