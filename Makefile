@@ -41,9 +41,9 @@ matrix: $(VENV)/.development ## every shape of code and data in every build, pat
 	@LIVEGRAFT_MATRIX=1 $(RUN) -m pytest -s tests/live/test_coverage_shapes.py tests/live/test_toolchains.py tests/live/test_tls.py \
 		tests/live/test_imports.py -k 'no_build_of_a_shape or toolchain or change_places or import_is_bound' $(ARGS)
 
-bench: $(VENV)/.development ## how long diff takes beside objdump -d, and its memory (ROUNDS=n; ARGS='postgres' for some)
+bench: $(VENV)/.development ## diff beside objdump -d, and the pause beside a C program and gdb (ARGS=differ|pause for one, ROUNDS=n)
 	@bash .ci/tools all
-	@$(RUN) -m bench.differ --rounds $(if $(filter-out file,$(origin ROUNDS)),$(ROUNDS),5) $(ARGS)
+	@$(RUN) -m bench $(if $(filter-out file,$(origin ROUNDS)),--rounds $(ROUNDS)) $(ARGS)
 
 lint: $(VENV)/.development ## check style and types
 	@$(RUN) -m ruff check .

@@ -59,12 +59,12 @@ class Measured:
     warm: tuple[Run, ...]
 
 
-def main() -> None:
-    """Measure and print."""
+def main(words: Sequence[str] | None = None) -> None:
+    """Measure and print; ``words`` are the arguments, of the command line if None."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PROGRAMS)} (default: all)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     # As an installed program is: where PYTHONDONTWRITEBYTECODE is set, every process would compile all sources again.
     for room in ("elfdiff", "trampolines", "patcher"):
         compileall.compile_dir(ROOT / room, quiet=1)

@@ -136,8 +136,10 @@ class Target:
         """
         (count, _) = _HEAD.unpack_from(self._memory, 0)
         longest = 0
-        for number in range(max(0, count - _GAPS + 1), count):
+        for number in reversed(range(max(0, count - _GAPS + 1), count)):
             since, until = _GAP.unpack_from(self._memory, _HEAD.size + number % _GAPS * _GAP.size)
-            if until > begin and since < end:
+            if until <= begin:
+                break
+            if since < end:
                 longest = max(longest, until - since)
         return longest

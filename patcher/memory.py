@@ -191,6 +191,32 @@ class Memory:
             raise ValueError("this Memory is closed")
 
 
+class Comparison:
+    """Bytes that a process is expected to hold, prepared to be compared by one system call in the pause."""
+
+    def __init__(self, memory: Memory, expected: Sequence[tuple[int, bytes]]) -> None:
+        """(address, bytes) of each range."""
+        self._pid = memory.pid
+        self._expected = b"".join(data for _, data in expected)
+        self._held = bytearray(len(self._expected))
+        self._count = len(expected)
+        self._remote = (_Iovec * len(expected))(*(_Iovec(address, len(data)) for address, data in expected))
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self._held)) if self._held else 0
+        self._local = _Iovec(address, len(self._held))
+        self._read = _process_vm_readv()
+
+    def holds(self) -> bool:
+        """Whether the process holds all of these bytes; false also where one call cannot tell.
+
+        So false is no answer, and the ranges have to be read one by one. Not atomic unless the process is
+        stopped.
+        """
+        if seam.observed():  # a read that can be made to fail is made by ``Memory``
+            return False
+        got = self._read(self._pid, ctypes.byref(self._local), 1, self._remote, self._count, 0)
+        return got == len(self._expected) and self._held == self._expected
+
+
 def _open_mem(pid: int, tid: int) -> int:
     try:
         return os.open(f"/proc/{pid}/task/{tid}/mem", os.O_RDWR | os.O_CLOEXEC)

@@ -17,7 +17,7 @@ from . import ptrace
 from .conditions import Conditions
 from .deepcheck import DeepCheck
 from .forbidden import ForbiddenRange
-from .memory import Memory
+from .memory import Comparison, Memory
 from .modules import Module, module_of
 from .plan import PageWrite, Plan, StateWrite
 from .proc import has_exited, no_such_process
@@ -39,8 +39,8 @@ _MOST_LOOKS = 4  # at words that have not changed, before all threads are stoppe
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """How it went: length of the pause that did it, from the first PTRACE_INTERRUPT to the last
-    PTRACE_DETACH.
+    """How it went: beginning (in ns of CLOCK_MONOTONIC) and length of the pause that did it, from the first
+    PTRACE_INTERRUPT to the last PTRACE_DETACH.
 
     ``tries`` counts the stops, the last one included; ``realtime`` says whether it ran under SCHED_FIFO, ``waits``
     how the time between the stops was spent. ``searched`` are the bytes of memory that the deep check has looked at.
@@ -53,6 +53,7 @@ class Pause:
     realtime: bool
     waits: Waits
     searched: int = 0
+    began_ns: int = 0
 
 
 def carry_out(
@@ -66,6 +67,7 @@ def carry_out(
     """
     tries = 0
     waiting = Waiting(time.monotonic() + conditions.timeout)
+    unchanged = Comparison(memory, _expected(plan))
     deep = deep_check(plan, seen, memory, conditions)
     with deep or nullcontext(), stack_check(plan, seen, memory, deep) as check:
         while True:
@@ -73,7 +75,7 @@ def carry_out(
             live: tuple[LiveFrame, ...] = ()
             stopped = time.monotonic()
             try:
-                done = _one_stop(plan, check, memory, on_step if write else None)
+                done = _one_stop(plan, check, unchanged, memory, on_step if write else None)
             except _NotQuiescent as error:
                 live = error.live
                 busy = _busy(live, seen, plan.forbidden, conditions, tries, waiting.waits)
@@ -125,25 +127,36 @@ class _NotQuiescent(Exception):
         self.live = live
 
 
-def _one_stop(plan: Plan, check: StackCheck, memory: Memory, on_step: OnStep | None) -> Pause:
+def _one_stop(
+    plan: Plan, check: StackCheck, unchanged: Comparison, memory: Memory, on_step: OnStep | None
+) -> Pause:
     with seize(memory.pid) as process:
         process.stop()
         threads = process.threads
         result = check.check(threads)
         if result.live:
             raise _NotQuiescent(result.live)
-        _require_unchanged(plan, memory)
+        if not unchanged.holds():
+            _require_unchanged(plan, memory)
         if on_step is not None:
             _write(plan, process, memory, on_step)
         process.resume_and_detach()
-        return Pause(process.pause_ns, 1, len(threads), result.unwound, process.realtime, Waits(), result.searched)
+        return Pause(
+            process.pause_ns, 1, len(threads), result.unwound, process.realtime, Waits(), result.searched,
+            process.began_ns,
+        )  # fmt: skip
+
+
+def _expected(plan: Plan) -> list[tuple[int, bytes]]:
+    """What the plan will overwrite, as it was when the plan was made."""
+    words = {write.record: write.before for write in reversed((*plan.first, *plan.last))}
+    expected = [(write.address, write.before) for write in plan.pages]
+    return expected + [(record + STATE_OFFSET, word) for record, word in words.items()]
 
 
 def _require_unchanged(plan: Plan, memory: Memory) -> None:
     """Compare what the plan will overwrite with what it was when the plan was made."""
-    words = {write.record: write.before for write in reversed((*plan.first, *plan.last))}
-    expected = [(write.address, write.before) for write in plan.pages]
-    expected += [(record + STATE_OFFSET, word) for record, word in words.items()]
+    expected = _expected(plan)
     held = memory.read_many([(address, len(data)) for address, data in expected])
     for (address, data), now in zip(expected, held, strict=True):
         if now != data:

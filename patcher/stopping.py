@@ -69,14 +69,15 @@ def seize(pid: int) -> SeizedProcess:
 class SeizedProcess:
     """A process under this tracer; a context manager that lets go of it on every way out.
 
-    ``realtime`` says whether the last pause ran under SCHED_FIFO, ``pause_ns`` how long it took from before
-    the first PTRACE_INTERRUPT to after the last PTRACE_DETACH, in ns of CLOCK_MONOTONIC (0: none yet).
+    ``realtime`` says whether the last pause ran under SCHED_FIFO, ``began_ns`` when it began, before the first
+    PTRACE_INTERRUPT, and ``pause_ns`` how long it took until after the last PTRACE_DETACH, both in ns of
+    CLOCK_MONOTONIC (0: none yet).
     """
 
     def __init__(self, pid: int) -> None:
         """Use ``seize`` instead."""
         self.pid = pid
-        self.pause_ns = 0
+        self.began_ns = self.pause_ns = 0
         self.realtime = False
         self._running: set[int] = set()  # seized, not known to have stopped
         self._stops: dict[int, Stop] = {}
@@ -119,7 +120,7 @@ class SeizedProcess:
         self._quiet.__enter__()
         try:
             self.realtime = self._quiet.realtime
-            self._began = time.monotonic_ns()
+            self.began_ns = self._began = time.monotonic_ns()
             self._stop_all(time.monotonic() + timeout, timeout)
             self._threads = self._read_threads(buffer)
             if not self._threads:
@@ -141,7 +142,7 @@ class SeizedProcess:
             if time.monotonic() >= deadline:
                 raise self._did_not_stop(timeout)
             _interrupt(self._running)
-        for tid in self._dead & set(thread_ids(self.pid)):
+        for tid in self._dead & set(thread_ids(self.pid)) if self._dead else ():
             tracees.require_gone(tid, "waitpid(2), or a ptrace request, does not know it")
         if not self._stops:
             raise self._exited()

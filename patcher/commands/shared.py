@@ -60,6 +60,7 @@ def outcome_json(outcome: Outcome) -> dict[str, Any]:
         "state": state_name(outcome.state),
         "already": outcome.already,
         "pause_us": None if pause is None else round(pause.pause_ns / 1000),
+        "pause_began_ns": None if pause is None else pause.began_ns,
         "tries": 0 if pause is None else pause.tries,
         "threads": None if pause is None else pause.threads,
         "realtime": None if pause is None else pause.realtime,
