@@ -93,12 +93,16 @@ class Running:
         assert line, f"the program has died: {self._process.wait()}"
         return line.strip()
 
+    def put(self, number: int) -> None:
+        """Put a question without waiting for the answer."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{number}\n")
+
     def ask(self, *numbers: int) -> list[int]:
         """The answers. Fails where the program's state did not go on."""
-        assert self._process.stdin is not None
         answers = []
         for number in numbers:
-            self._process.stdin.write(f"{number}\n")
+            self.put(number)
             count, _, result = self._line().partition(" ")
             self.asked += 1
             assert int(count) == self.asked, "its state did not go on"

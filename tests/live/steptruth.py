@@ -16,6 +16,7 @@ from patcher.unwindtables import UnwindTable, unwind_tables
 
 VISITS = 2  # of one instruction: in a loop nothing new is to be seen
 DESTINED = 60  # instructions from where the tables begin to describe a jump's destination until the jump is done
+DESTINED_THROW = 500  # the same where the unwinder of C++ puts one register after the other in its place
 
 
 @dataclass
@@ -34,10 +35,17 @@ class _Found:
     def agrees(self, truth: list[int]) -> bool:
         return self.pcs == (truth if self.complete else truth[: len(self.pcs)])
 
-    def comes_true(self, truth: list[int]) -> bool:
-        """Whether the program is in one of the callers that we named, and its stack is what we said."""
-        rests = [self.pcs[skipped:] for skipped in range(1, len(self.pcs)) if self.pcs[skipped] == truth[0]]
-        return any(rest == (truth if self.complete else truth[: len(rest)]) for rest in rests)
+    def comes_true(self, truth: list[int], throws: bool) -> bool:
+        """Whether the program is in one of the callers that we named, and its stack is what we said.
+
+        With ``throws`` it may be at another place of that caller: in a landing pad.
+        """
+        for skipped in range(1, len(self.pcs)):
+            rest = self.pcs[skipped:]
+            expected = truth if self.complete else truth[: len(rest)]
+            if len(rest) == len(expected) and rest[throws:] == expected[throws:]:
+                return True
+        return False
 
 
 class Comparison:
@@ -45,7 +53,7 @@ class Comparison:
 
     ``incomplete`` holds (function of the program, reason), ``incomplete_here`` those on the stack that it began on;
     ``garbled`` those incomplete ones of which even the beginning is wrong. ``tables`` are for code that is no mapped
-    image; ``other`` is asked as well.
+    image; ``other`` is asked as well; ``throws``: exceptions are thrown, and what they leave is not returned to.
     """
 
     def __init__(
@@ -55,7 +63,10 @@ class Comparison:
         *,
         tables: Sequence[UnwindTable] = (),
         other: Libdw | None = None,
+        throws: bool = False,
     ) -> None:
+        self._throws = throws
+        self._patience = DESTINED_THROW if throws else DESTINED
         self.stepper = stepper
         self.functions = functions
         self._more_tables = tables
@@ -70,7 +81,7 @@ class Comparison:
         self._visits: Counter[int] = Counter()
         self._destined: list[_Found] = []
         self._steps = 0
-        self._last_jump = -DESTINED
+        self._last_jump = -self._patience
         self._code: list[Mapping] = []
         self._unwinder = Unwinder((), stepper.memory.read)
         self._renew()
@@ -115,7 +126,7 @@ class Comparison:
             self.incomplete.append((place, stack.why))
         found = _Found(self._steps, pcs, stack.end is StackEnd.OUTERMOST, self._words(pcs, truth, stack.why))
         if not found.agrees(truth):
-            found.jumped = self._steps - self._last_jump < DESTINED
+            found.jumped = self._steps - self._last_jump < self._patience
             self._destined.append(found)
 
     def _ask_other(self, stack: Stack) -> None:
@@ -137,10 +148,10 @@ class Comparison:
         pending = []
         for found in self._destined:
             found.jumped |= self.stepper.jumped
-            if found.jumped and found.comes_true(self.stepper.pcs):
+            if found.jumped and found.comes_true(self.stepper.pcs, self._throws):
                 self.jumps += 1
                 continue
-            if self._steps - found.step < DESTINED:
+            if self._steps - found.step < self._patience:
                 pending.append(found)
                 continue
             assert not found.complete, found.words
@@ -166,6 +177,11 @@ class Comparison:
     def compared(self) -> int:
         """Stacks that were compared."""
         return self.complete + len(self.incomplete)
+
+    @property
+    def visited(self) -> frozenset[int]:
+        """Addresses of the instructions that were executed."""
+        return frozenset(self._visits)
 
     def report(self, name: str) -> None:
         print(f"{name}: {self._steps} steps, {len(self._visits)} instructions, {self.frames} frames compared, "

@@ -185,13 +185,13 @@ def no_difference(program: str, cache_folder: Path, folder: Path, stacks: int, s
         assert tally.differences == []
         tid = max(before.keys() & after.keys(), key=lambda tid: after[tid] - before[tid])
         with attached(tid) as stepper, libdw.Libdw(tid) as other:
-            comparison = Comparison(stepper, other=other)
+            comparison = Comparison(stepper, other=other, throws=program == "C++")
             stack = comparison.unwind()
             assert stack.complete, stack.why
             stepper.began_with(stack)
             comparison.run(0, steps)
     comparison.report(program)
-    assert comparison.complete > steps / 40 and comparison.garbled == []
+    assert comparison.complete > steps / 40 and 50 * len(comparison.garbled) <= comparison.complete * (program == "C++")
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -56,11 +56,11 @@ def compiled(folder: Path, compiler: str, *flags: str) -> Path:
     return compile_program("steps.c", folder / "steps", "-w", *flags, "-lm", compiler=compiler)
 
 
-def begin(stepper: Stepper, program: Path, name: str) -> Comparison:
+def begin(stepper: Stepper, program: Path, name: str, *, throws: bool = False) -> Comparison:
     """Let the program run to the start of a function."""
     functions = {function.name: function for function in functions_of(program, stepper.pid)}
     stepper.run_to(functions[name].start)
-    comparison = Comparison(stepper, functions_of(program, stepper.pid))
+    comparison = Comparison(stepper, functions_of(program, stepper.pid), throws=throws)
     stepper.began_in([frame.pc for frame in comparison.unwind().frames[1:]])
     return comparison
 
@@ -136,7 +136,7 @@ def test_exceptions(tmp_path: Path) -> None:
     """Through the unwinder of the C++ library into a landing pad."""
     program = compile_program("shapes.cc", tmp_path / "program", "-O2", compiler="g++")
     with stepped([program]) as stepper:
-        comparison = begin(stepper, program, "main")
+        comparison = begin(stepper, program, "main", throws=True)
         comparison.run(0)
     comparison.report("exceptions")
     # Where libgcc puts the registers of the catching frame into its own, which is about to be left, word by word.
