@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -10,6 +13,7 @@ import pytest
 
 from elfdiff.errors import Busy
 from fixtures.tracees import state_of, wait_until
+from patcher import seam
 from patcher.borrowed import among
 from patcher.descriptors import leaked_memory_files
 from patcher.inspection import inspect_process
@@ -114,3 +118,38 @@ def test_a_thread_that_cannot_stop_is_named_and_delays_nobody(start: Start, stat
         wait_until(lambda: release_abandoned() == 0, "the thread to come back")
         program.there()
         program.back()
+
+
+def leaves_at(when: int, program: Reporting) -> seam.Observer:
+    """Let the main thread end before operation ``when``; where it is stopped just then, it ends when it goes on."""
+    operations = itertools.count()
+
+    def observer(name: str, subject: int) -> int:
+        del name, subject
+        if next(operations) == when:
+            stdin = program.torture.process.stdin
+            assert stdin is not None
+            stdin.write("x")
+            stdin.flush()
+            wait_until(lambda: state_of(program.pid) in "Zt", "the main thread to end")
+        return 0
+
+    return observer
+
+
+def main_thread_leaves(start: Start, when: int) -> None:
+    with start("leaving") as program:
+        with seam.observe(leaves_at(when, program)):
+            program.there()
+        program.back()
+
+
+@pytest.mark.parametrize("when", [0, 40, 120, 300, 380])
+def test_the_main_thread_ends_during_a_transaction(start: Start, when: int) -> None:
+    main_thread_leaves(start, when)
+
+
+@pytest.mark.soak
+def test_the_main_thread_ends_at_any_operation(start: Start) -> None:
+    for when in random.Random(5).sample(range(450), int(os.environ.get("LIVEGRAFT_ROUNDS", "200"))):
+        main_thread_leaves(start, when)
