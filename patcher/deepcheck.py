@@ -14,7 +14,7 @@ live, and is not certain.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from types import TracebackType
@@ -102,15 +102,20 @@ _PLAIN, _MANGLED, _SIGNAL = range(3)
 class DeepCheck:
     """Searches the memory of one process; a context manager."""
 
-    def __init__(self, memory: Memory, forbidden: Sequence[ForbiddenRange], limit: int) -> None:
-        """``limit``: bytes that are searched at most. Raises BadInput, NotPermitted, LivegraftError."""
+    def __init__(
+        self, memory: Memory, forbidden: Sequence[ForbiddenRange], limit: int, entries: Collection[int] = ()
+    ) -> None:
+        """``limit``: bytes that are searched at most; ``entries``: where functions start that no unwind table tells.
+
+        Raises BadInput, NotPermitted, LivegraftError.
+        """
         self._memory = memory
         self._limit = limit
         self._ranges = ForbiddenRanges(forbidden)
         # A pointer to a function is no return address, wherever it is kept.
         self._inside = ForbiddenRanges([replace(item, harmless_at_start=True) for item in forbidden])
         self._starts = sorted(item.start for item in forbidden)
-        self._leads_back: dict[int, bool] = {}
+        self._leads_back = dict.fromkeys(entries, False)
         self._found: tuple[Found, ...] = ()
         self._start_stack = start_stack(memory.pid)
         self._deep = DeepMemory(memory.pid)

@@ -110,7 +110,8 @@ def deep_check(plan: Plan, seen: Snapshot, memory: Memory, conditions: Condition
         wanted = bool(stack_switchers(seen.modules, memory))
     if not wanted:
         return None
-    check = DeepCheck(memory, plan.forbidden, conditions.deep_limit)
+    stand_ins = {item.stand_in for record in seen.records for item in record.contents.lookups}
+    check = DeepCheck(memory, plan.parkable, conditions.deep_limit, stand_ins)
     try:
         check.require_limit()
     except BaseException:

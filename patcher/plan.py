@@ -69,13 +69,17 @@ class StateWrite:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the pause does: ``first`` state words, the ``pages``, then the ``last`` state words, each in
-    order."""
+    """What the pause does: ``first`` state words, the ``pages``, then the ``last`` state words, each in order.
+
+    No thread may be in what is ``forbidden``, and no stack that no thread runs on may wait in what is ``parkable``, a
+    part of that.
+    """
 
     first: tuple[StateWrite, ...]
     pages: tuple[PageWrite, ...]
     last: tuple[StateWrite, ...]
     forbidden: tuple[ForbiddenRange, ...]
+    parkable: tuple[ForbiddenRange, ...]
 
 
 def situation(records: Iterable[Record], module: Module) -> Situation:
@@ -179,18 +183,21 @@ def _require_apart(journal: Sequence[JournalEntry]) -> None:
 
 
 def idle_ranges(binding: Binding) -> tuple[ForbiddenRange, ...]:
-    """Return what must be idle beside the functions of a patch.
-
-    The old functions that the new build no longer has, and what binds the slots that are to lead to the patch: a
-    thread that is about to bind one would write over it.
-    """
+    """Return what must be idle beside the functions of a patch: old functions that the new build no longer has."""
     kept = {item.start - binding.old_bias for item in binding.kept}
-    removed = (
+    return tuple(
         ForbiddenRange(item.name, item.start + binding.old_bias, item.start + binding.old_bias + item.size)
         for item in binding.patch.removed
         if item.size and item.start not in kept
     )
-    return (*removed, *(item for slot in binding.lookups for item in slot.binding))
+
+
+def binding_ranges(binding: Binding) -> tuple[ForbiddenRange, ...]:
+    """Return what binds the slots that are to lead to the patch: a thread about to bind one would write over it.
+
+    No stack is parked there: no switch is made on the way, and an unbound slot itself leads into its stub.
+    """
+    return tuple(item for slot in binding.lookups for item in slot.binding)
 
 
 def plan_apply(
@@ -200,23 +207,26 @@ def plan_apply(
     now: Situation,
     read: ReadBytes,
     idle: Sequence[ForbiddenRange] = (),
+    unparkable: Sequence[ForbiddenRange] = (),
 ) -> Plan:
     """Return the plan that puts the patch of the record ``own`` in force with new ``contents`` in ``slot``.
 
-    ``idle`` are further ranges that nobody may be in. Raises Refused where an entry holds bytes that neither
-    the file nor a record accounts for.
+    ``idle`` and ``unparkable`` are further ranges that nobody may be in. Raises Refused where an entry holds bytes
+    that neither the file nor a record accounts for.
     """
     others = [item for item in now.active if item.address != own.address]
     wanted = {entry.address: entry.after for entry in contents.journal}
     known = _known_values(now.active, contents.journal)
     in_force = [item for record in now.active for item in _ranges(record.contents)]
     put_aside = [_to(item, State.REPLACED) for item in (*others, *now.stale) if item.address != own.address]
+    parkable = (*_old_ranges(contents), *idle, *in_force)
     return Plan(
         first=(_change(own, State.APPLYING, slot),),
         # First the unwind tables, then the code that needs them.
         pages=(*_words(hook_writes(contents.lookups, now.everything, read)), *page_writes(wanted, known, read)),
         last=(_change(own, State.APPLIED, slot, State.APPLYING), *dict.fromkeys(put_aside)),
-        forbidden=disjoint((*_old_ranges(contents), *idle, *in_force)),
+        forbidden=disjoint((*parkable, *unparkable)),
+        parkable=disjoint(parkable),
     )
 
 
@@ -236,11 +246,13 @@ def plan_revert(record: Record, now: Situation, read: ReadBytes, loaded: Sequenc
     slots = unhook_writes((record, *others), now.everything, loaded, read)
     during = State.APPLYING if undo else State.REVERTING
     begin = () if record.written is during else (_change(record, during, record.slot),)
+    forbidden = disjoint(item for active in now.active for item in _ranges(active.contents))
     return Plan(
         first=(*(_to(item, State.REPLACED) for item in now.stale), *begin),
         pages=(*page_writes(wanted, _known_values(now.active, ()), read), *_words(slots)),
         last=(*ended, _change(record, State.REVERTED, record.slot, during)),
-        forbidden=disjoint(item for active in now.active for item in _ranges(active.contents)),
+        forbidden=forbidden,
+        parkable=forbidden,
     )
 
 

@@ -32,7 +32,7 @@ from .mapping import (
 )
 from .memory import Memory
 from .placement import MARGIN, Surroundings, candidates, stack_reserve
-from .plan import Plan, Situation, idle_ranges, journal_for_apply, plan_apply
+from .plan import Plan, Situation, binding_ranges, idle_ranges, journal_for_apply, plan_apply
 from .proc import mapping_over, mmap_min_addr, stack_limit, start_brk
 from .record import (
     FIRST_SLOT,
@@ -126,7 +126,7 @@ def _stage_again(record: Record, binding: Binding, now: Situation, memory: Memor
     if slot is None:
         return None
     memory.write(record.address + slot, data)  # not in force until its state word says so
-    plan = plan_apply(record, contents, slot, now, memory.read_many, idle_ranges(binding))
+    plan = plan_apply(record, contents, slot, now, memory.read_many, idle_ranges(binding), binding_ranges(binding))
     mapped = record.size + sum(item.size for item in contents.segments)
     return Staged(contents, plan, mapped)
 
@@ -196,7 +196,9 @@ def _map_at(binding: Binding, draft: Draft, record_at: int, now: Situation, memo
     """Map a draft, from a memory file if possible; the plan is made first, since it may refuse."""
     size = record_size(draft.contents)
     own = Record(record_at, size, State.PREPARED, State.PREPARED, FIRST_SLOT, draft.contents)
-    plan = plan_apply(own, draft.contents, FIRST_SLOT, now, memory.read_many, idle_ranges(binding))
+    plan = plan_apply(
+        own, draft.contents, FIRST_SLOT, now, memory.read_many, idle_ranges(binding), binding_ranges(binding)
+    )
     contents = draft.contents
     image = Image(record_at, encode_record(contents), draft.segments)
     total = sum(len(part.data) for part in image.parts)

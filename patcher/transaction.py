@@ -25,7 +25,7 @@ from .memory import Memory
 from .modules import Module
 from .pause import OnStep, Pause, carry_out
 from .placement import MARGIN
-from .plan import Plan, Situation, idle_ranges, plan_apply, plan_revert, situation
+from .plan import Plan, Situation, binding_ranges, idle_ranges, plan_apply, plan_revert, situation
 from .proc import has_exited
 from .record import FIRST_SLOT, INTERRUPTED, Contents, Record, State, record_size
 from .staging import Staged, bases, make_draft, span_of, stage, sweep, sweep_stubs
@@ -209,9 +209,9 @@ def _rehearse(binding: Binding, now: Situation, seen: Snapshot, memory: Memory) 
     base = bases(binding, seen, span + MARGIN + 2 * record_size(draft.contents))[0]
     contents = make_draft(binding, base, now, memory, tool).contents
     own = Record(base + span + MARGIN, record_size(contents), State.PREPARED, State.PREPARED, FIRST_SLOT, contents)
-    plan = plan_apply(own, contents, FIRST_SLOT, now, memory.read_many, idle_ranges(binding))
+    plan = plan_apply(own, contents, FIRST_SLOT, now, memory.read_many, idle_ranges(binding), binding_ranges(binding))
     # There is no record yet whose state word could be compared.
-    return contents, Plan((), plan.pages, (), plan.forbidden)
+    return contents, replace(plan, first=(), last=())
 
 
 def revert(
@@ -243,9 +243,7 @@ def revert(
         return Outcome(pid, seen.name, record.contents, State.REVERTED, False, pause, mapped_bytes(record), others)
 
 
-def watch_apply(
-    pid: int, patch: PatchObject, seconds: float, conditions: Conditions | None = None
-) -> Watched | None:
+def watch_apply(pid: int, patch: PatchObject, seconds: float, conditions: Conditions | None = None) -> Watched | None:
     """Look for ``seconds`` at what keeps ``patch`` from being applied; None where it is in force already.
 
     Changes nothing. Raises as ``check``, but for what is live.
@@ -258,9 +256,7 @@ def watch_apply(
         return watch(seen, contents, plan, memory, conditions or Conditions(), seconds)
 
 
-def watch_revert(
-    pid: int, patch_id: str, seconds: float, conditions: Conditions | None = None
-) -> Watched | None:
+def watch_revert(pid: int, patch_id: str, seconds: float, conditions: Conditions | None = None) -> Watched | None:
     """Look for ``seconds`` at what keeps a patch from being reverted; None where it is out of force already.
 
     Changes nothing. Raises as ``revert``, but for what is live.

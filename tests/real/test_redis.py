@@ -14,15 +14,20 @@ from typing import Any
 
 import pytest
 
+from elfdiff.patchfile import read_patch
 from fixtures.debian import Unpacked
 from fixtures.intact import altered_code, mappings, writable_and_executable
 from fixtures.load import Load, Report
 from fixtures.redis import RedisBuild, RedisServer, RespClient, redis_build, run_benchmark, run_redis
+from patcher import transaction
+from patcher.inspection import inspect_process
+from patcher.record import State
 from tests.conftest import Livegraft
 
 pytestmark = [pytest.mark.apt, pytest.mark.root, pytest.mark.slow]
 
 ROUNDS = 20
+COMMANDS = 5  # each fifth round by the command line, the others by the library: to start a process takes longest
 KEYS = 500
 PROGRAM = "usr/bin/redis-check-rdb"
 OLD_VERSION, NEW_VERSION = "5:7.0.15-1~deb12u7", "5:7.0.15-1~deb12u10"
@@ -142,6 +147,16 @@ def redirected(livegraft: Livegraft, server: RedisServer, build: RedisBuild) -> 
     return names
 
 
+def pause_of(outcome: transaction.Outcome) -> int:
+    """Microseconds, as the command line says them."""
+    assert outcome.pause is not None
+    return outcome.pause.pause_ns // 1000
+
+
+def states(pid: int) -> list[State]:
+    return [one.record.state for one in inspect_process(pid).patches]
+
+
 def applied(status: dict[str, Any]) -> list[dict[str, Any]]:
     return [patch for patch in status["patches"] if patch["state"] == "applied"]
 
@@ -169,21 +184,28 @@ def test_twenty_rounds_under_load_with_a_replica(
     pauses: list[int] = []
     longest: list[int] = []
     pid = site.master.pid
+    fix = read_patch(patch)
     assert altered_code(pid) == []
     for number in range(ROUNDS):
         site.load.more(500)
         before = site.load.mark()
-        outcome = livegraft("apply", patch, "--pid", pid, "--json", "--timeout", 60).json
+        if number % COMMANDS:
+            pauses.append(pause_of(transaction.apply(pid, fix, timeout=60)))
+        else:
+            pauses.append(livegraft("apply", patch, "--pid", pid, "--json", "--timeout", 60).json["pause_us"])
         after = site.load.mark()
-        pauses.append(outcome["pause_us"])
         longest.append(after.longest_us)
         assert (before.failed, after.failed, after.reconnects) == (0, 0, 0), after
         entries = redirected(livegraft, site.master, builds[0])
         assert entries >= FIXED
-        assert len(applied(livegraft("status", "--pid", pid, "--json").json)) == 1
+        assert states(pid) == [State.APPLIED]
         check_service(site, kept, number)
-        livegraft("revert", "--pid", pid, "--json")
-        assert applied(livegraft("status", "--pid", pid, "--json").json) == []
+        if number % COMMANDS:
+            transaction.revert(pid, timeout=60)
+        else:
+            assert len(applied(livegraft("status", "--pid", pid, "--json").json)) == 1
+            livegraft("revert", "--pid", pid, "--json")
+        assert states(pid) == [State.REVERTED]
         assert altered_code(pid) == []
         assert writable_and_executable(pid) == []
         check_service(site, kept, number)
