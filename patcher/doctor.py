@@ -23,7 +23,7 @@ from .memory import Memory
 from .modules import Module, modules
 from .obstacles import Obstacle
 from .placement import Surroundings, candidates, stack_reserve
-from .proc import Mapping, ProcessStatus, mappings, mmap_min_addr, stack_limit, start_brk, status
+from .proc import Mapping, ProcessStatus, living_thread, mappings, mmap_min_addr, stack_limit, start_brk, status
 from .tracees import why_not_a_target
 
 _TYPICAL_SIZE = 1 << 20
@@ -86,13 +86,10 @@ def _machine(tried: Probes) -> tuple[Check, ...]:
 def _target(found: ProcessStatus, tried: Probes) -> Iterator[Check]:
     """Check one process, in the order in which apply asks; ends where what follows could not be read."""
     pid, name = found.pid, found.name
-    barriers = (
-        ("process", f"{name}, user {found.uid}", obstacles.not_a_target(pid, name, why_not_a_target(pid, found))),
-    )
-    for check, said, obstacle in barriers:
-        yield judged(check, said, obstacle)
-        if obstacle is not None:
-            return
+    unfit = obstacles.not_a_target(pid, name, why_not_a_target(pid, found))
+    yield judged("process", f"{name}, user {found.uid}", unfit)
+    if unfit is not None:
+        return
     traced = fitness.traced(found)
     yield judged("tracer", "none", traced)
     refused = None if traced else fitness.not_permitted(found)
@@ -120,7 +117,7 @@ def _namespaces(pid: int) -> Check:
 
 def _namespace(pid: int, name: str) -> str:
     try:
-        return os.readlink(f"/proc/{pid}/ns/{name}")  # noqa: PTH115
+        return os.readlink(f"/proc/{pid}/task/{living_thread(pid)}/ns/{name}")  # noqa: PTH115
     except OSError as error:
         return str(error)
 
@@ -160,7 +157,7 @@ def _places(pid: int, maps: tuple[Mapping, ...], memory: Memory) -> Iterator[Che
 
 def _main_image(pid: int, loaded: tuple[Module, ...]) -> Module | None:
     try:
-        path = os.readlink(f"/proc/{pid}/exe").removesuffix(" (deleted)")  # noqa: PTH115
+        path = os.readlink(f"/proc/{pid}/task/{living_thread(pid)}/exe").removesuffix(" (deleted)")  # noqa: PTH115
     except OSError:
         return None
     return next((module for module in loaded if module.path == path), None)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from elfdiff.errors import BadInput, LivegraftError
 
-from .proc import ProcessStatus, living_thread, read_proc_file, status, thread_ids
+from .proc import ProcessStatus, by_living_thread, living_thread, read_proc_file, status, thread_ids
 
 SYS_PTRACE, SYS_ADMIN, SYS_NICE, PERFMON, IPC_LOCK = 19, 21, 23, 38, 14  # CAP_*, linux/capability.h
 CAPABILITY_NAMES = {SYS_PTRACE: "SYS_PTRACE", SYS_ADMIN: "SYS_ADMIN", SYS_NICE: "SYS_NICE", PERFMON: "PERFMON"}
@@ -52,7 +52,7 @@ def credentials(pid: int) -> Credentials:
     fields = status_fields(pid)
     uids = [int(word) for word in fields["Uid"].split()]
     try:
-        namespace = os.readlink(f"/proc/{pid}/ns/user")  # noqa: PTH115
+        namespace = os.readlink(f"/proc/{pid}/task/{living_thread(pid)}/ns/user")  # noqa: PTH115
     except OSError:
         namespace = ""
     try:
@@ -65,8 +65,11 @@ def credentials(pid: int) -> Credentials:
 
 
 def status_fields(pid: int) -> dict[str, str]:
-    """Return ``/proc/PID/status`` by field name. Raises BadInput (no such process), LivegraftError."""
-    lines = read_proc_file(pid, "status").split("\n")
+    """Return the status of a process by field name (proc(5)), of a thread that has not ended.
+
+    Raises BadInput (no such process), LivegraftError.
+    """
+    lines = by_living_thread(pid, lambda tid: read_proc_file(pid, f"task/{tid}/status")).split("\n")
     return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
