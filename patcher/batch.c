@@ -57,14 +57,21 @@ EXPORT int livegraft_detach(const int *tids, const int *signals, int count, int 
 }
 
 /* Wait for the threads one after the other until a signal comes. Returns how many have been waited for; statuses[i] is
-   what waitpid(2) reports, or -1 where it knows no such child any more. */
+   what waitpid(2) would report, or -1 where it knows no such child any more. A stop is only looked at, and not taken:
+   a signal that has been taken is lost if this process dies before it detaches (tracees.py). */
 EXPORT int livegraft_wait(const int *tids, int count, int *statuses) {
-    for (int i = 0; i < count; i++)
-        if (waitpid(tids[i], &statuses[i], __WALL) != tids[i]) {
+    for (int i = 0; i < count; i++) {
+        siginfo_t info;
+        if (waitid(P_PID, tids[i], &info, WSTOPPED | WEXITED | WNOWAIT | __WALL)) {
             if (errno == EINTR)
                 return i;
             statuses[i] = -1;
+        } else if (info.si_code == CLD_TRAPPED || info.si_code == CLD_STOPPED) {
+            statuses[i] = info.si_status << 8 | 0x7f;
+        } else if (waitpid(tids[i], &statuses[i], __WALL) != tids[i]) {
+            statuses[i] = -1;
         }
+    }
     return count;
 }
 

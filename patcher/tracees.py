@@ -40,9 +40,29 @@ _PATIENCE = 5e-3  # seconds until it is asked whether something is in the way
 _LEAVING = 1.0  # seconds for a killed thread to notice
 _REST = 1e-3
 
-_waitpid = libc["waitpid"]
-_waitpid.argtypes = (ctypes.c_int, ctypes.POINTER(ctypes.c_int), ctypes.c_int)
-_waitpid.restype = ctypes.c_int
+# A stop is only looked at (WNOWAIT) and never taken: what has been taken is gone, and a tracer that died between
+# waitpid(2) and PTRACE_DETACH would leave a thread whose signal is lost (wait_task_stopped, kernel/exit.c, zeroes the
+# number that ptrace_signal, kernel/signal.c, goes on with). An exit is taken, or nobody would hear of it.
+_LOOK = os.WSTOPPED | os.WEXITED | os.WNOWAIT | _WALL
+_STOPPED = 0x7F  # low byte of a wait status, wait(2)
+
+_waitid = libc["waitid"]
+_waitid.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
+_waitid.restype = ctypes.c_int
+
+
+class _ChildInfo(ctypes.Structure):
+    # siginfo_t as waitid(2) fills it in, include/uapi/asm-generic/siginfo.h
+    _fields_ = (
+        ("signo", ctypes.c_int),
+        ("errno", ctypes.c_int),
+        ("code", ctypes.c_int),
+        ("pad", ctypes.c_int),
+        ("pid", ctypes.c_int),
+        ("uid", ctypes.c_uint),
+        ("status", ctypes.c_int),
+        ("rest", ctypes.c_char * 100),
+    )
 
 
 class StopKind(Enum):
@@ -90,12 +110,22 @@ def poll(tid: int) -> Stop | None:
     """Return the stop of a tracee, or None while it runs. Never blocks."""
     if seam.announce("WAIT", tid):
         return GONE
-    try:
-        found, wait_status = os.waitpid(tid, os.WNOHANG | _WALL)
-    except ChildProcessError:
-        # Not ours any more: an execve of another thread took it away, or somebody reaped it.
-        return GONE
-    return decode(wait_status) if found else None
+    return _look(tid, os.WNOHANG)
+
+
+def _look(tid: int, options: int) -> Stop | None:
+    """Return the next stop of a tracee; None if it has none yet (WNOHANG) or a signal came first."""
+    # Not os.waitid: that goes on waiting after a signal.
+    info = _ChildInfo()
+    if _waitid(os.P_PID, tid, ctypes.byref(info), _LOOK | options) != 0:
+        # Else not ours any more: an execve of another thread took it away, or somebody reaped it.
+        return None if ctypes.get_errno() == errno.EINTR else GONE
+    if not info.pid:
+        return None
+    if info.code in (os.CLD_TRAPPED, os.CLD_STOPPED):
+        return decode(info.status << 8 | _STOPPED)
+    os.waitpid(tid, _WALL)
+    return GONE
 
 
 def wait_for(tids: Iterable[int], deadline: float) -> dict[int, Stop]:
@@ -115,7 +145,7 @@ def wait_for(tids: Iterable[int], deadline: float) -> dict[int, Stop]:
             if not pending or now >= deadline:
                 return stops
             if interruptible:
-                stop = _wait_or_tick(pending[0])
+                stop = _look(pending[0], 0)  # or a tick
                 if stop is not None:
                     stops[pending.pop(0)] = stop
             else:
@@ -130,15 +160,6 @@ def _wait_in_order(pending: list[int], stops: dict[int, Stop]) -> list[int]:
     statuses = library.wait(pending)
     stops.update(zip(pending, map(decode, statuses), strict=False))
     return pending[len(statuses) :]
-
-
-def _wait_or_tick(tid: int) -> Stop | None:
-    """Return the next stop of a tracee; None if a tick came first."""
-    # Not os.waitpid: that goes on waiting after a signal.
-    wait_status = ctypes.c_int()
-    if _waitpid(tid, ctypes.byref(wait_status), _WALL) == tid:
-        return decode(wait_status.value)
-    return None if ctypes.get_errno() == errno.EINTR else GONE
 
 
 def _collect(pending: list[int], stops: dict[int, Stop], thorough: bool) -> list[int]:
