@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from elfdiff.errors import Busy, LivegraftError, NotPermitted
 
+from .gates import Gates, find_gates, seen_through
 from .keeping import Finishing, finishing
 from .memory import Memory
 from .proc import mappings
@@ -18,8 +20,9 @@ from .transaction import mapped_bytes
 class CarriedPatch:
     """One patch that a process carries.
 
-    ``redirected`` of the ``entries`` of its functions hold its entry jump at this moment: all of them if it is
-    applied, none if it is reverted, any number if it was interrupted. None where they cannot be read.
+    ``redirected`` of the ``entries`` of its functions lead to its code at this moment, at once or through a gate: all
+    of them if it is applied, none if it is reverted, and if it was interrupted either, or any number where its entry
+    jumps could not be gated. None where they cannot be read.
     """
 
     record: Record
@@ -57,8 +60,10 @@ def inspect_process(pid: int) -> Inspection:
     """
     found = require_traceable(pid)
     with Memory(pid) as memory:
-        records, damaged = find_records(mappings(pid), memory)
-        patches = tuple(_carried(record, memory) for record in records)
+        maps = mappings(pid)
+        records, damaged = find_records(maps, memory)
+        gates = find_gates(maps, memory)
+        patches = tuple(_carried(record, memory, gates) for record in records)
         inside, why = _finishing(pid, records, memory)
     return Inspection(pid, found.name, patches, damaged, inside, why)
 
@@ -73,7 +78,7 @@ def _finishing(
         return None, f"{error.what}: {error.why}"
 
 
-def _carried(record: Record, memory: Memory) -> CarriedPatch:
+def _carried(record: Record, memory: Memory, gates: Sequence[Gates]) -> CarriedPatch:
     journal = [entry for entry in record.contents.journal if entry.after != entry.pristine]
     spans = [(entry.address, len(entry.after)) for entry in journal]
     try:
@@ -81,5 +86,6 @@ def _carried(record: Record, memory: Memory) -> CarriedPatch:
     except LivegraftError:
         redirected = None  # the image was unloaded, and its functions with it
     else:
-        redirected = sum(entry.after == data for entry, data in zip(journal, held, strict=True))
+        pairs = zip(journal, held, strict=True)
+        redirected = sum(entry.after == seen_through(gates, entry.address, data) for entry, data in pairs)
     return CarriedPatch(record, len(journal), redirected, mapped_bytes(record))

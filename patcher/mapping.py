@@ -51,7 +51,7 @@ class PlaceTaken(LivegraftError):
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """What is to be mapped: the record at its absolute address, and the segments of the patch at theirs."""
+    """What is to be mapped: the record, if its bytes are any, and the segments at their absolute addresses."""
 
     record: int
     record_bytes: bytes
@@ -60,7 +60,8 @@ class Image:
     @property
     def parts(self) -> tuple[BoundSegment, ...]:
         """All mappings, the record first."""
-        return (BoundSegment(self.record, _RECORD_FLAGS, self.record_bytes), *self.segments)
+        record = (BoundSegment(self.record, _RECORD_FLAGS, self.record_bytes),) if self.record_bytes else ()
+        return (*record, *self.segments)
 
 
 def make_memory_file(caller: RemoteCaller) -> Descriptor | None:

@@ -151,7 +151,8 @@ def _one_stop(
 def _expected(plan: Plan) -> list[tuple[int, bytes]]:
     """What the plan will overwrite, as it was when the plan was made."""
     words = {write.record: write.before for write in reversed((*plan.first, *plan.last))}
-    expected = [(write.address, write.before) for write in plan.pages]
+    pages = {write.address: write.before for write in reversed(plan.pages)}  # of several writes the first
+    expected = list(pages.items())
     return expected + [(record + STATE_OFFSET, word) for record, word in words.items()]
 
 

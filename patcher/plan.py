@@ -18,6 +18,7 @@ from trampolines.errors import TrampolineError
 
 from .binding import PF_X, Binding, overlay
 from .forbidden import ForbiddenRange
+from .gates import Gates, jumps_to
 from .lookups import WordWrite, hook_writes, unhook_writes
 from .modules import Module
 from .record import Contents, JournalEntry, Record, RecordedFunction, State, state_word
@@ -42,6 +43,7 @@ class Situation:
     prepared: tuple[Record, ...]
     stale: tuple[Record, ...]
     everything: tuple[Record, ...] = ()  # the records of all images
+    gates: tuple[Gates, ...] = ()  # those of the process, used or not
 
     @property
     def active(self) -> tuple[Record, ...]:
@@ -82,8 +84,8 @@ class Plan:
     parkable: tuple[ForbiddenRange, ...]
 
 
-def situation(records: Iterable[Record], module: Module) -> Situation:
-    """Sort the records of ``module`` by what they mean.
+def situation(records: Iterable[Record], module: Module, gates: tuple[Gates, ...] = ()) -> Situation:
+    """Sort the records of ``module`` by what they mean. ``gates`` are those that were found in the process.
 
     Raises TargetDamaged where two records both claim to be in force, which no sequence of commands leaves
     behind.
@@ -104,6 +106,7 @@ def situation(records: Iterable[Record], module: Module) -> Situation:
         prepared=tuple(item for item in own if item.state is State.PREPARED),
         stale=tuple(item for item in own if item.state is not item.written),
         everything=everything,
+        gates=gates,
     )
 
 
@@ -216,7 +219,7 @@ def plan_apply(
     """
     others = [item for item in now.active if item.address != own.address]
     wanted = {entry.address: entry.after for entry in contents.journal}
-    known = _known_values(now.active, contents.journal)
+    known = _known_values(now, contents.journal)
     in_force = [item for record in now.active for item in _ranges(record.contents)]
     put_aside = [_to(item, State.REPLACED) for item in (*others, *now.stale) if item.address != own.address]
     parkable = (*_old_ranges(contents), *idle, *in_force)
@@ -249,7 +252,7 @@ def plan_revert(record: Record, now: Situation, read: ReadBytes, loaded: Sequenc
     forbidden = disjoint(item for active in now.active for item in _ranges(active.contents))
     return Plan(
         first=(*(_to(item, State.REPLACED) for item in now.stale), *begin),
-        pages=(*page_writes(wanted, _known_values(now.active, ()), read), *_words(slots)),
+        pages=(*page_writes(wanted, _known_values(now, ()), read), *_words(slots)),
         last=(*ended, _change(record, State.REVERTED, record.slot, during)),
         forbidden=forbidden,
         parkable=forbidden,
@@ -269,9 +272,9 @@ def _to(record: Record, state: State) -> StateWrite:
     return _change(record, state, record.slot)
 
 
-def _known_values(records: Iterable[Record], journal: Sequence[JournalEntry]) -> dict[int, set[bytes]]:
-    known: dict[int, set[bytes]] = {}
-    for entries in (journal, *(record.contents.journal for record in records)):
+def _known_values(now: Situation, journal: Sequence[JournalEntry]) -> dict[int, set[bytes]]:
+    known = jumps_to(now.gates)  # a patcher has died, and whatever they go on with is written over
+    for entries in (journal, *(record.contents.journal for record in now.active)):
         for entry in entries:
             known.setdefault(entry.address, set()).update((entry.pristine, entry.before, entry.after))
     return known

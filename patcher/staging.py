@@ -20,6 +20,7 @@ from .borrowed import among
 from .descriptors import leaked_memory_files
 from .exclusive import exclusive
 from .fitness import no_memory
+from .gates import is_idle
 from .lookups import kept, lookup_segments, lookup_span, reusable
 from .mapping import (
     Image,
@@ -156,7 +157,10 @@ def sweep_stubs(pid: int, memory: Memory) -> None:
 
 def _garbage(seen: Snapshot, memory: Memory) -> tuple[tuple[int, int], ...]:
     prepared = [record for record in seen.records if record.state is State.PREPARED]
-    return tuple(span for record in prepared for span in own_mappings(record, seen.maps, memory))
+    spans = [span for record in prepared for span in own_mappings(record, seen.maps, memory)]
+    if len(prepared) == len(seen.records):  # nothing was ever begun, so that nobody has been in a gate
+        spans += [(gates.start, gates.size) for gates in seen.gates if is_idle(gates, memory)]
+    return tuple(spans)
 
 
 def span_of(binding: Binding) -> int:
@@ -203,11 +207,10 @@ def _map_at(binding: Binding, draft: Draft, record_at: int, now: Situation, memo
     image = Image(record_at, encode_record(contents), draft.segments)
     total = sum(len(part.data) for part in image.parts)
     try:
-        if not _map_sealed(image, memory, on_step):
+        if not map_sealed(image, memory, on_step):
             contents = replace(contents, sealed=False)
             image = replace(image, record_bytes=encode_record(contents))
-            with RemoteCaller(memory.pid, memory) as caller:
-                map_image(caller, memory, image, None)
+            map_anonymous(image, memory)
     except RemoteCallError as error:
         if error.errno in _NO_MEMORY:
             raise no_memory(memory.pid, total, len(image.parts), error.errno).as_error() from error
@@ -216,8 +219,14 @@ def _map_at(binding: Binding, draft: Draft, record_at: int, now: Situation, memo
     return Staged(contents, plan, total)
 
 
-def _map_sealed(image: Image, memory: Memory, on_step: OnStep) -> bool:
-    """Map from a memory file; False where the target can have none, or may not execute it.
+def map_anonymous(image: Image, memory: Memory) -> None:
+    """Map as anonymous memory, filled from outside. Raises as ``map_image``."""
+    with RemoteCaller(memory.pid, memory) as caller:
+        map_image(caller, memory, image, None)
+
+
+def map_sealed(image: Image, memory: Memory, on_step: OnStep) -> bool:
+    """Map from a memory file; False where the target can have none, or may not execute it. Raises as ``map_image``.
 
     Two visits: between them the file is filled from here, and no thread of the target is held for that.
     """

@@ -13,6 +13,7 @@ from elfdiff.errors import BadInput, LivegraftError, TargetDamaged
 
 from .exclusive import exclusive
 from .fitness import require_fit, require_permitted
+from .gates import Gates, find_gates
 from .interruption import deferred, heed
 from .memory import Memory
 from .modules import Module, modules
@@ -34,13 +35,14 @@ class Snapshot:
     modules: tuple[Module, ...]
     records: tuple[Record, ...]
     damaged: tuple[DamagedRecord, ...]
+    gates: tuple[Gates, ...] = ()
 
 
 def take_snapshot(pid: int, memory: Memory) -> Snapshot:
     """Look at a process. Raises BadInput (it is gone), LivegraftError (its memory cannot be read)."""
     maps = mappings(pid)
     records, damaged = find_records(maps, memory)
-    return Snapshot(pid, status(pid).name, maps, modules(maps, memory), records, damaged)
+    return Snapshot(pid, status(pid).name, maps, modules(maps, memory), records, damaged, find_gates(maps, memory))
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from elfdiff.patchobject import PatchObject
 
 from .binding import Binding, bind
 from .conditions import DEEP_LIMIT, Conditions
+from .gating import with_gates
 from .interruption import heed
 from .keeping import keepable, kept_code
 from .liveness import Watched, watch
@@ -27,7 +28,7 @@ from .pause import OnStep, Pause, carry_out
 from .placement import MARGIN
 from .plan import Plan, Situation, binding_ranges, idle_ranges, plan_apply, plan_revert, situation
 from .proc import has_exited
-from .record import FIRST_SLOT, INTERRUPTED, Contents, Record, State, record_size
+from .record import FIRST_SLOT, INTERRUPTED, Contents, JournalEntry, Record, State, record_size
 from .staging import Staged, bases, make_draft, span_of, stage, sweep, sweep_stubs
 from .target import Snapshot, open_target, require_intact, take_snapshot
 from .unwinders import lookup_slots
@@ -144,7 +145,7 @@ def _bind(
     seen = _look(pid, memory)
     binding = bind(patch, seen.modules, memory, seen.records)
     binding = replace(binding, kept=kept_code(patch, keep_live, binding.old_bias))
-    return seen, binding, situation(seen.records, binding.module)
+    return seen, binding, situation(seen.records, binding.module, seen.gates)
 
 
 def _look(pid: int, memory: Memory) -> Snapshot:
@@ -188,7 +189,9 @@ def _stage_and_commit(
     heed()
     try:
         staged = stage(binding, now, seen, memory, version("livegraft"), on_step)
-        return staged, carry_out(staged.plan, seen, memory, conditions, on_step)
+        known = (*staged.contents.journal, *_journals(now))
+        gated = with_gates(staged.plan, known, binding.module, seen, memory)
+        return staged, carry_out(gated.plan, seen, memory, conditions, on_step)
     except BaseException as error:
         # Whatever has come in between, an interrupt too: what is mapped and not in force goes.
         if has_exited(seen.pid):
@@ -199,6 +202,10 @@ def _stage_and_commit(
             # The first error is what the user must know; what is left is harmless, and the next apply sweeps.
             error.add_note(f"the unused mappings could not be removed: {failure.what}: {failure.why}")
         raise
+
+
+def _journals(now: Situation) -> tuple[JournalEntry, ...]:
+    return tuple(entry for record in now.active for entry in record.contents.journal)
 
 
 def _rehearse(binding: Binding, now: Situation, seen: Snapshot, memory: Memory) -> tuple[Contents, Plan]:
@@ -235,10 +242,11 @@ def revert(
         if record.state is State.REVERTED:
             return _already(seen, record)
         module = _module_of(record, seen)
-        now = situation(seen.records, module)
+        now = situation(seen.records, module, seen.gates)
         sweep_stubs(pid, memory)
         plan = plan_revert(record, now, memory.read_many, seen.modules)
-        pause = carry_out(plan, seen, memory, Conditions(timeout, deep_check, deep_limit), on_step)
+        gated = with_gates(plan, _journals(now), module, seen, memory)
+        pause = carry_out(gated.plan, seen, memory, Conditions(timeout, deep_check, deep_limit), on_step)
         others = tuple(item for item in now.interrupted if item.address != record.address)
         return Outcome(pid, seen.name, record.contents, State.REVERTED, False, pause, mapped_bytes(record), others)
 
@@ -266,7 +274,7 @@ def watch_revert(pid: int, patch_id: str, seconds: float, conditions: Conditions
         record = _choose(seen, patch_id)
         if record.state is State.REVERTED:
             return None
-        now = situation(seen.records, _module_of(record, seen))
+        now = situation(seen.records, _module_of(record, seen), seen.gates)
         plan = plan_revert(record, now, memory.read_many, seen.modules)
         return watch(seen, record.contents, plan, memory, conditions or Conditions(), seconds)
 

@@ -7,7 +7,7 @@ believed: a second, independent tool has to read the same instructions back.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -38,14 +38,17 @@ def decode(code: bytes, address: int = 0) -> tuple[Instruction, ...]:
 
     Raises TrampolineError where any byte belongs to no instruction.
     """
-    found = []
-    position = address
-    for start, size, mnemonic, operands in _decoder().disasm_lite(code, address):
-        found.append(Instruction(start, size, _absolute(f"{mnemonic} {operands}".strip(), start + size)))
-        position = start + size
+    found = tuple(decode_leading(code, address))
+    position = found[-1].address + found[-1].size if found else address
     if position != address + len(code):
         raise TrampolineError(f"the bytes from {position:#x} on are no instruction")
-    return tuple(found)
+    return found
+
+
+def decode_leading(code: bytes, address: int = 0) -> Iterator[Instruction]:
+    """Yield the instructions of ``code`` up to the first byte that belongs to none."""
+    for start, size, mnemonic, operands in _decoder().disasm_lite(code, address):
+        yield Instruction(start, size, _absolute(f"{mnemonic} {operands}".strip(), start + size))
 
 
 def _absolute(text: str, following: int) -> str:

@@ -24,9 +24,11 @@ from tests.live.answering import ANSWERS, CHANGED, SPREAD, Answering, Versions, 
 
 pytestmark = pytest.mark.root
 
-# "memory file", "mapped", "begun", four pages, the state word; a replacement has one state word more, a revert
-# no memory file and no mapping.
-APPLY_STEPS, REPLACE_STEPS, REVERT_STEPS = 8, 9, 6
+# Of each plan: the gates, four pages that lead to them, their word, the four pages as they are to be.
+PAGES, WORD = 10, 6
+# "memory file", "mapped", "begun", the pages, the state word; a replacement has one state word more, a revert no memory
+# file and no mapping.
+APPLY_STEPS, REPLACE_STEPS, REVERT_STEPS = PAGES + 4, PAGES + 5, PAGES + 2
 BEGUN = 2
 
 OnStep = Callable[[str], None]
@@ -55,7 +57,7 @@ def test_the_steps_are_those_that_the_tests_go_through(built: Versions) -> None:
     with Answering(built.programs[1]) as program:
         steps: list[str] = []
         apply(program.pid, built.to[2], on_step=steps.append)
-        assert len(steps) == APPLY_STEPS and steps[BEGUN] == "begun" and steps.count("page") == len(CHANGED)
+        assert len(steps) == APPLY_STEPS and steps[BEGUN] == "begun" and steps.count("page") == PAGES
         steps.clear()
         apply(program.pid, built.to[3], on_step=steps.append)
         assert len(steps) == REPLACE_STEPS
@@ -76,9 +78,12 @@ def test_an_apply_that_was_killed(built: Versions, step: int, then: str) -> None
             program.answers(1)
         elif step < APPLY_STEPS - 1:
             assert found is not None and found.record.state is State.APPLYING
-            assert found.redirected == step - BEGUN
+            passed = step >= BEGUN + WORD
+            assert found.redirected == (len(CHANGED) if passed else 0)
+            program.answers(2 if passed else 1)
         else:
             assert found is not None and found.record.state is State.APPLIED
+        program.never_mixed()
 
         if then == "same":
             assert apply(program.pid, built.to[2]).already is (step == APPLY_STEPS - 1)
@@ -106,12 +111,12 @@ def test_a_replacement_that_was_killed(built: Versions, step: int, then: str) ->
         assert killed_at(step, lambda on_step: apply(program.pid, built.to[3], on_step=on_step))
         program.ask("calls")
         found = patches(program)
-        begun = BEGUN <= step < BEGUN + 1 + len(CHANGED)
-        assert found[built.to[2].id].record.state is (
-            State.APPLIED if step < BEGUN + 1 + len(CHANGED) else State.REPLACED
-        )
+        begun = BEGUN <= step < BEGUN + 1 + PAGES
+        assert found[built.to[2].id].record.state is (State.APPLIED if step < BEGUN + 1 + PAGES else State.REPLACED)
         if begun:
             assert found[built.to[3].id].record.state is State.APPLYING
+        program.answers(3 if step >= BEGUN + WORD else 2)
+        program.never_mixed()
 
         if then == "same":
             apply(program.pid, built.to[3])
@@ -143,6 +148,8 @@ def test_a_revert_that_was_killed(built: Versions, step: int, then: str) -> None
         program.ask("calls")
         state = patches(program)[built.to[2].id].record.state
         assert state is (State.REVERTING if step < REVERT_STEPS - 1 else State.REVERTED)
+        program.answers(1 if step >= WORD else 2)
+        program.never_mixed()
         if then == "revert":
             assert revert(program.pid).already is (step == REVERT_STEPS - 1)
             settled(program, 1)
@@ -173,7 +180,7 @@ def test_repeated_deaths_leave_no_mappings_behind(built: Versions) -> None:
             assert killed_at(1, lambda on_step: apply(program.pid, built.to[2], on_step=on_step))
         apply(program.pid, built.to[2])
         settled(program, 2)
-        assert program.patch_mappings == 3
+        assert program.patch_mappings == 4  # the record, text, constants, and the gates
 
 
 def test_anonymous_mappings_of_a_dead_patcher_are_known_by_their_contents(built: Versions) -> None:
@@ -186,7 +193,8 @@ def test_anonymous_mappings_of_a_dead_patcher_are_known_by_their_contents(built:
         outcome = apply(program.pid, built.to[2])
         settled(program, 2)
         assert len(patches(program)) == 1
-        assert len(mappings(program.pid)) == len(before) + 1 + len(outcome.contents.segments)
+        added = 1 + len(outcome.contents.segments) + 1  # the gates
+        assert len(mappings(program.pid)) == len(before) + added
 
 
 @pytest.mark.parametrize("sealed", [True, False])

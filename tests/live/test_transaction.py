@@ -233,7 +233,7 @@ def test_an_entry_that_somebody_else_changed_is_not_reverted(running: Answering,
     running.answers(2)
 
 
-@pytest.mark.parametrize("step", range(5))
+@pytest.mark.parametrize("step", range(11))
 def test_a_failure_between_two_writes_is_rolled_back(folder: Path, step: int) -> None:
     built = versions(folder, SPREAD)
     seen = 0

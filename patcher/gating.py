@@ -1,0 +1,219 @@
+"""Gating: a plan that writes several pages of entry jumps becomes one that comes into force at a single write.
+
+Pure but for the room that the gates need. The pages of a gated plan are, in order: the gates themselves, to which
+nothing leads yet; each page with jumps to the gates, which go on as before; the word, by which all of them go on as
+after; each page with what it is to hold in the end. So the threads that run on when the patcher dies run one version,
+whatever it was that it wrote last, and every step can be undone by writing what was there.
+
+A plan stays as it is where one write does it all, and where code at an entry cannot run elsewhere
+(``trampolines.gate_x86_64``) or the target can map no room: then a death between two pages leaves a mixed set until
+the next command, which ``Gated.why_not`` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+from elfdiff.errors import Refused
+from trampolines.entry_x86_64 import ENTRY_JUMP_SIZE, entry_jump
+from trampolines.errors import TrampolineError
+from trampolines.gate_x86_64 import GATE_ALIGNMENT, LONGEST_WINDOW, gate
+
+from .binding import PF_R, PF_X, BoundSegment, overlay
+from .gates import (
+    AFTER,
+    BEFORE,
+    HEADER_SIZE,
+    MAGIC,
+    ROW_SIZE,
+    WORD_OFFSET,
+    Gates,
+    encode_gates,
+    gate_ranges,
+    is_idle,
+    seen_through,
+)
+from .mapping import Image, PlaceTaken
+from .memory import Memory
+from .modules import Module
+from .placement import Surroundings, candidates, stack_reserve
+from .plan import PageWrite, Plan, disjoint
+from .proc import mapping_over, mappings, mmap_min_addr, read_proc_file, stack_limit, start_brk
+from .record import JournalEntry
+from .remote import RemoteCallError
+from .staging import map_anonymous, map_sealed
+from .target import Snapshot
+
+_PAGE = 4096
+_LONGEST_GATE = 16 * (ENTRY_JUMP_SIZE + 3)
+"""Bytes kept for one: the fixed part, and twice five instructions each of which became a longer one."""
+_REACH = 1 << 31
+
+
+@dataclass(frozen=True, slots=True)
+class Gated:
+    """A plan, and why a death between two of its pages would leave a mixed set; empty where it would not."""
+
+    plan: Plan
+    why_not: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """One entry: what it holds, what that does (``before``), what it will hold; and the old code from there on."""
+
+    address: int
+    before: bytes
+    after: bytes
+    following: bytes
+
+
+def with_gates(plan: Plan, known: Sequence[JournalEntry], module: Module, seen: Snapshot, memory: Memory) -> Gated:
+    """Return the gated plan for a process of which ``known`` are the entries, as its believable records say.
+
+    May map room for gates in the target. Raises Refused where a gate that was found does what no record knows;
+    Busy, LivegraftError, as ``RemoteCaller`` does.
+    """
+    if seen.gates:  # who is in one that a dead patcher left has not gone on yet
+        plan = replace(plan, forbidden=disjoint((*plan.forbidden, *gate_ranges(seen.gates))))
+    addresses = sorted({entry.address for entry in known})
+    pages = [write for write in plan.pages if any(_covers(write, address) for address in addresses)]
+    if len(pages) < 2:
+        return Gated(plan)
+    changes = _changes(pages, addresses, known, seen, memory)
+    size = _size(len(changes))
+    shadow_stack = "shstk" in read_proc_file(seen.pid, "status")  # x86_Thread_features, Documentation/arch/x86/shstk
+    try:
+        _contents(module.low - size, changes, shadow_stack)  # can it be done at all, before anything is mapped
+        start = _room(size, module, seen, memory)
+        contents, jumps = _contents(start, changes, shadow_stack)
+    except TrampolineError as error:
+        return Gated(plan, str(error))
+    except RemoteCallError as error:
+        return Gated(plan, f"the target can map no room for it: {error.why}")
+    own = Gates(start, size, False, ())
+    forbidden = disjoint((*plan.forbidden, *gate_ranges((own,))))
+    return Gated(replace(plan, pages=_order(plan.pages, pages, start, contents, jumps, memory), forbidden=forbidden))
+
+
+def _covers(write: PageWrite, address: int) -> bool:
+    return write.address <= address and address + ENTRY_JUMP_SIZE <= write.address + len(write.before)
+
+
+def _size(entries: int) -> int:
+    """Bytes of room for so many entries: a power of two of pages, so that room is seldom too small a second time."""
+    needed = HEADER_SIZE + entries * (ROW_SIZE + _LONGEST_GATE)
+    return _PAGE << (-(-needed // _PAGE) - 1).bit_length()
+
+
+def _changes(
+    pages: Sequence[PageWrite],
+    addresses: Sequence[int],
+    known: Sequence[JournalEntry],
+    seen: Snapshot,
+    memory: Memory,
+) -> tuple[_Change, ...]:
+    values: dict[int, set[bytes]] = {}
+    for entry in known:
+        values.setdefault(entry.address, set()).update((entry.pristine, entry.before, entry.after))
+    changes = []
+    for write in pages:
+        for address in (item for item in addresses if _covers(write, item)):
+            at = address - write.address
+            held, after = (data[at : at + ENTRY_JUMP_SIZE] for data in (write.before, write.after))
+            before = seen_through(seen.gates, address, held)
+            if before not in values[address]:
+                raise Refused(
+                    f"the gate of the entry at {address:#x} cannot be believed",
+                    why=f"it would go on with {before.hex(' ')}, of which no record knows",
+                    next_step="restart the program; something in it has written over the gates",
+                )
+            if held != after:
+                changes.append(_Change(address, before, after, _following(address, seen, memory)))
+    return tuple(changes)
+
+
+def _following(address: int, seen: Snapshot, memory: Memory) -> bytes:
+    mapping = mapping_over(seen.maps, address, ENTRY_JUMP_SIZE)
+    end = address + ENTRY_JUMP_SIZE if mapping is None else min(address + LONGEST_WINDOW, mapping.end)
+    return memory.read(address + ENTRY_JUMP_SIZE, end - address - ENTRY_JUMP_SIZE)
+
+
+def _contents(start: int, changes: Sequence[_Change], shadow_stack: bool) -> tuple[bytes, dict[int, bytes]]:
+    """The bytes of the mapping at ``start``, and the jump that leads from each entry to its gate."""
+    code = b""
+    first = start + HEADER_SIZE + len(changes) * ROW_SIZE
+    first += -first % GATE_ALIGNMENT
+    rows = []
+    for change in changes:
+        address = first + len(code)
+        before, after = ((data + change.following, change.address) for data in (change.before, change.after))
+        made = gate(address, start + WORD_OFFSET, before, after, shadow_stack)
+        code += made.ljust(-(-len(made) // GATE_ALIGNMENT) * GATE_ALIGNMENT, b"\xcc")
+        rows.append((change.address, address, change.before, change.after))
+    jumps = {address: entry_jump(address, place) for address, place, _, _ in rows}
+    return encode_gates(rows, bytes(first - start - HEADER_SIZE - len(changes) * ROW_SIZE) + code), jumps
+
+
+def _order(
+    writes: Sequence[PageWrite],
+    pages: Collection[PageWrite],
+    start: int,
+    contents: bytes,
+    jumps: dict[int, bytes],
+    memory: Memory,
+) -> tuple[PageWrite, ...]:
+    """All writes in order; those that are not of entries keep their place before or behind the pages."""
+    held = memory.read(start, len(contents))
+    fill = [
+        PageWrite(start + at, held[at : at + _PAGE], contents[at : at + _PAGE])
+        for at in range(0, len(contents), _PAGE)
+    ]
+    switched = {page: overlay(page.address, page.before, _within(page, jumps)) for page in pages}
+    index = next(position for position, write in enumerate(writes) if write in switched)
+    return (
+        *(write for write in writes[:index] if write not in switched),
+        *fill,
+        *(PageWrite(page.address, page.before, gated) for page, gated in switched.items()),
+        PageWrite(start, MAGIC + BEFORE, MAGIC + AFTER),
+        *(PageWrite(page.address, gated, page.after) for page, gated in switched.items()),
+        *(write for write in writes[index:] if write not in switched),
+    )
+
+
+def _no_step(name: str) -> None:
+    del name
+
+
+def _within(page: PageWrite, jumps: dict[int, bytes]) -> dict[int, bytes]:
+    return {address: jump for address, jump in jumps.items() if _covers(page, address)}
+
+
+def _room(size: int, module: Module, seen: Snapshot, memory: Memory) -> int:
+    """Where gates may be put: where others were that nobody uses, or in a new mapping.
+
+    Raises RemoteCallError where the target may map nothing, Refused where there is no room near the image.
+    """
+    for old in seen.gates:
+        near = max(module.high, old.start + old.size) - min(module.low, old.start) < _REACH
+        if old.size >= size and near and is_idle(old, memory):
+            return old.start
+    reserve = stack_reserve(stack_limit(seen.pid))
+    around = Surroundings(mappings(seen.pid), start_brk(seen.pid), mmap_min_addr(), reserve)
+    taken: PlaceTaken | None = None
+    for start in candidates(around, module.low, module.high, size, module.fixed_address):
+        empty = encode_gates((), b"").ljust(size, b"\0")
+        image = Image(0, b"", (BoundSegment(start, PF_R | PF_X, empty),))
+        try:
+            if not map_sealed(image, memory, _no_step):
+                map_anonymous(image, memory)
+        except PlaceTaken as error:
+            taken = error
+        else:
+            return start
+    raise Refused(
+        "there is no room for the patch",
+        why="the program has mapped something at every place that was free a moment ago",
+        next_step="try again",
+    ) from taken
