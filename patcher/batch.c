@@ -18,7 +18,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 /* Raised with every change of what Python sees of this file; ABI of batch.py must be the same. */
-#define ABI 1
+#define ABI 2
 EXPORT int livegraft_batch_abi(void) { return ABI; }
 
 /* The text that this was built from, as a digest: a test compares it with the file. */

@@ -17,7 +17,7 @@ from typing import Any
 
 from . import seam
 
-ABI = 1
+ABI = 2
 """Version of what ``batch.c`` exports; a library that says another one is not used."""
 
 Failures = list[tuple[int, int]]

@@ -30,6 +30,7 @@ from .gates import (
     WORD_OFFSET,
     Gates,
     encode_gates,
+    find_gates,
     gate_ranges,
     is_idle,
     seen_through,
@@ -195,12 +196,13 @@ def _room(size: int, module: Module, seen: Snapshot, memory: Memory) -> int:
 
     Raises RemoteCallError where the target may map nothing, Refused where there is no room near the image.
     """
-    for old in seen.gates:
+    maps = mappings(seen.pid)  # since it was looked at, the patch has been mapped and what nobody used unmapped
+    for old in find_gates(maps, memory):
         near = max(module.high, old.start + old.size) - min(module.low, old.start) < _REACH
         if old.size >= size and near and is_idle(old, memory):
             return old.start
     reserve = stack_reserve(stack_limit(seen.pid))
-    around = Surroundings(mappings(seen.pid), start_brk(seen.pid), mmap_min_addr(), reserve)
+    around = Surroundings(maps, start_brk(seen.pid), mmap_min_addr(), reserve)
     taken: PlaceTaken | None = None
     for start in candidates(around, module.low, module.high, size, module.fixed_address):
         empty = encode_gates((), b"").ljust(size, b"\0")

@@ -253,3 +253,55 @@ def test_killed_before_every_operation(work: Work, built: Versions, tmp_path: Pa
     outcomes = Counter(what for _, what in left.elements())
     print(f"{work.name}, seed {SEED}: {left.total()} kills, 0 deaths; left: {dict(outcomes)}; in detail: {dict(left)}")
     assert left.total() > 100
+
+
+def killed_within(seconds: float, work: Callable[[], object]) -> bool:
+    """Do the work in a forked process and kill it after a time; False where it was done before."""
+    child = os.fork()
+    if child == 0:
+        status = 99
+        try:
+            work()
+            status = 0
+        except BaseException:  # noqa: BLE001  # it must never return into the tests
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the work failed instead of being killed"
+    return os.WIFSIGNALED(status)
+
+
+def random_round(program: Vigilant, built: Versions, chosen: random.Random, deaths: int) -> tuple[str, str]:
+    """Kill an apply or a revert at a random moment, and look at what is left; returns both in a word."""
+    before = version_of(program, built) or 1
+    after = chosen.choice([version for version in (1, 2, 3) if version != before])
+    seconds = chosen.uniform(0, 0.12)
+    killed = killed_within(seconds, lambda: put(program, built, after))
+    tids = [tally.tid for tally in program.torture.tallies]
+    unharmed(program, tids if killed or deaths else (), deaths + killed)
+    work = Work("", (before, after), lambda program, built: None, reverting if after == 1 else applying(after))
+    return f"{before} to {after} {'killed' if killed else 'done'}", truth(program, built, work)
+
+
+@pytest.mark.soak
+def test_killed_at_random_moments(built: Versions, tmp_path: Path) -> None:
+    chosen = random.Random(SEED)
+    left: Counter[tuple[str, str]] = Counter()
+    interrupted = 0
+    while left.total() < ROUNDS:
+        with Vigilant(built.programs[1], tmp_path) as program:
+            deaths = 0
+            for _ in range(ROUNDS_PER_TARGET):
+                found = random_round(program, built, chosen, deaths)
+                left[found] += 1
+                deaths += found[0].endswith("killed")
+                if found[1].startswith("interrupted") or chosen.random() < 0.2:
+                    carry_on(program, built, chosen)
+            interrupted += sum(tally.interrupted for tally in program.complaints)
+    kills = sum(count for (what, _), count in left.items() if what.endswith("killed"))
+    print(f"seed {SEED}: {left.total()} rounds, {kills} killed, 0 deaths; left: {dict(left)}")
+    print(f"{interrupted} calls that a stop ends with EINTR did so in a kill")
+    assert kills > left.total() // 4

@@ -107,18 +107,19 @@ def version_of(program: Vigilant, built: Versions) -> int | None:
     return applied[0] if applied else 1
 
 
-def unharmed(program: Vigilant, interrupted: Collection[int] = ()) -> None:
+def unharmed(program: Vigilant, interrupted: Collection[int] = (), deaths: int = 1) -> None:
     """Assert that it lives and answers, and that no thread is held, was disturbed, or has lost a register.
 
     ``interrupted`` are threads that a patcher had interrupted when it died, before it could put them right: a call
-    that the kernel ends with EINTR at any stop (signal(7)) may have done so, once. Nobody else can prevent that.
+    that the kernel ends with EINTR at any stop (signal(7)) may have done so, once for each of ``deaths``. Nobody else
+    can prevent that.
     """
     at_liberty(program.pid)
     program.torture.wait_for_progress(2)
     harmed = [
         tally
         for tally in program.complaints
-        if tally.wrong or tally.early or tally.interrupted > (tally.tid in interrupted)
+        if tally.wrong or tally.early or tally.interrupted > deaths * (tally.tid in interrupted)
     ]
     assert not harmed, harmed
     assert int(program.ask("calls")) > 0
