@@ -160,14 +160,14 @@ Program = Callable[[Path, Path], "contextlib.AbstractContextManager[Sequence[int
 PROGRAMS = {"redis": redis, "memcached": memcached, "postgres": postgres, "C++": cplusplus}
 
 
-def processor_time(pids: Sequence[int]) -> dict[int, int]:
-    """Ticks that each thread has used (proc(5), utime and stime)."""
-    used = {}
-    for tid in (tid for pid in pids for tid in thread_ids(pid)):
+def switches(pids: Sequence[int]) -> dict[int, int]:
+    """How often each thread has waited or been preempted (proc(5), ``*_ctxt_switches``)."""
+    found = {}
+    for path in (Path(f"/proc/{pid}/task/{tid}/status") for pid in pids for tid in thread_ids(pid)):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            words = Path(f"/proc/{tid}/stat").read_text().rpartition(")")[2].split()
-            used[tid] = int(words[11]) + int(words[12])
-    return used
+            lines = [line for line in path.read_text().splitlines() if "ctxt_switches" in line]
+            found[int(path.parent.name)] = sum(int(line.split()[1]) for line in lines)
+    return found
 
 
 def no_difference(program: str, cache_folder: Path, folder: Path, stacks: int, steps: int) -> None:
@@ -178,12 +178,14 @@ def no_difference(program: str, cache_folder: Path, folder: Path, stacks: int, s
     if not libdw.available():
         pytest.skip("libdw is not installed")
     with PROGRAMS[program](cache_folder / "packages", folder) as pids:
-        before = processor_time(pids)
+        before = switches(pids)
         tally = compare(pids, stacks)
-        after = processor_time(pids)
+        after = switches(pids)
         print(tally.words(program))
         assert tally.differences == []
+        # Not one that sleeps for ever: a step would take as long.
         tid = max(before.keys() & after.keys(), key=lambda tid: after[tid] - before[tid])
+        assert after[tid] > before[tid] + stacks // 10
         with attached(tid) as stepper, libdw.Libdw(tid) as other:
             comparison = Comparison(stepper, other=other, throws=program == "C++")
             stack = comparison.unwind()
