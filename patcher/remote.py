@@ -266,15 +266,18 @@ def erase_old_stubs(pid: int, memory: Memory) -> None:
 
 def _reclaim(pid: int, memory: Memory, old: OldStub) -> bool:
     """Erase an old stub if the thread for which it was made is through with it."""
-    if old.tid not in thread_ids(pid):
-        memory.write(old.address, bytes(STUB_SIZE))
-        return True
+    gone = old.tid not in thread_ids(pid)
+    thread: Borrowed | None
     with Undisturbed():
-        thread = borrow_thread(pid, old.tid, memory)
+        # Where that thread has ended, any other will do: text may be writable to the tracer of a stopped one only.
+        if gone:
+            thread = borrow(pid, memory, time.monotonic() + DEFAULT_TIMEOUT, by_preference)
+        else:
+            thread = borrow_thread(pid, old.tid, memory)
         if thread is None:
             return False
         try:
-            if _may_return_to(pid, memory, thread, old.address):
+            if not gone and _may_return_to(pid, memory, thread, old.address):
                 return False
             memory.poke = thread.poke
             memory.write(old.address, bytes(STUB_SIZE))

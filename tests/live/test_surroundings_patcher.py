@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +16,9 @@ import pytest
 from elfdiff.errors import NotPermitted, Refused
 from fixtures.tracees import running, wait_until
 from patcher import seam
-from patcher.proc import status
+from patcher.memory import Memory
+from patcher.proc import mappings, status
+from patcher.remote import slot_for_stub
 from patcher.surroundings import SYS_ADMIN, SYS_PTRACE, status_fields
 from patcher.transaction import apply, revert
 from tests.live.answering import Answering, Versions
@@ -30,6 +34,7 @@ from tests.live.surroundings import (
     surrounded,
     there_and_back,
 )
+from trampolines.stub_x86_64 import RESTORED, stub_bytes
 
 pytestmark = pytest.mark.root
 
@@ -125,6 +130,49 @@ def test_without_cap_sys_admin_a_thread_without_a_filter_does(program: Answering
     code, said = in_child(lambda: (drop(SYS_ADMIN), apply(program.pid, built.to[2]))[0])
     assert (code, said) == (0, "")
     program.answers(2)
+
+
+# --- a kernel that does not let us write to text ------------------------------------------------------------------
+
+
+def forbid_text_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As proc_mem.force_override=never has it, to which this kernel need not have been booted: no write to a mapping
+    that is not writable, but by PTRACE_POKETEXT."""
+    real = Memory._pwrite
+
+    def pwrite(memory: Memory, address: int, data: bytes) -> int:
+        if not any(address in item and item.writable for item in mappings(memory.pid)):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(memory, address, data)
+
+    monkeypatch.setattr(Memory, "_pwrite", pwrite)
+
+
+def test_where_text_is_not_written_by_proc_mem_it_is_poked(
+    program: Answering, built: Versions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbid_text_writes(monkeypatch)
+    there_and_back(program, built)
+    resource.prlimit(program.pid, resource.RLIMIT_NOFILE, (0, 0))  # no memory file: text is written, too
+    there_and_back(program, built)
+
+
+def test_where_text_is_not_written_by_proc_mem_stubs_of_dead_threads_are_erased(
+    program: Answering, built: Versions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = 1 << 22  # the highest thread id that there may be, pid_max(5); nobody has it
+    with Memory(program.pid) as memory:
+        before = program.code()
+        address = slot_for_stub(program.pid, memory)
+        memory.write(address, stub_bytes(dict.fromkeys((*RESTORED, "rip"), 0), gone))
+        assert program.code() != before
+        forbid_text_writes(monkeypatch)
+        apply(program.pid, built.to[2])
+        program.answers(2)
+        revert(program.pid)
+        program.answers(1)
+        after = program.code()
+        assert {name: after[name] for name in before} == before
 
 
 # --- other tracers ---------------------------------------------------------------------------------------------
