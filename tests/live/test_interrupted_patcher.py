@@ -21,7 +21,7 @@ import pytest
 from elfdiff.errors import Interrupted
 from patcher import interruption, seam, transaction
 from tests.live.answering import versions
-from tests.live.faults import COMMANDS, Command, Patcher, Said, Scene, assert_at_liberty, at, run, sample
+from tests.live.faults import COMMANDS, EXTENT, Command, Patcher, Said, Scene, assert_at_liberty, at, run, sample
 
 pytestmark = pytest.mark.root
 
@@ -69,11 +69,12 @@ def interrupt(scene: Scene, command: Command, number: int) -> str:
     return "finished" if said.status == 0 else "rolled back"
 
 
+@EXTENT
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_signal_at_an_operation(scene: Scene, name: str) -> None:
+def test_a_signal_at_an_operation(scene: Scene, name: str, whole: bool) -> None:
     command = COMMANDS[name]
     count = len(scene.operations(command))
-    ended = Counter(interrupt(scene, command, number) for number in sample(range(count), 6))
+    ended = Counter(interrupt(scene, command, number) for number in sample(range(count), 2, whole))
     print(f"{name}: {count} operations; {dict(ended)}")
 
 
@@ -105,12 +106,42 @@ def suspend(scene: Scene, command: Command, number: int) -> str:
     return "stopped" if stopped else "finished first"
 
 
+@EXTENT
 @pytest.mark.parametrize("name", ["apply", "revert"])
-def test_ctrl_z_at_an_operation(scene: Scene, name: str) -> None:
+def test_ctrl_z_at_an_operation(scene: Scene, name: str, whole: bool) -> None:
     command = COMMANDS[name]
     count = len(scene.operations(command))
-    ended = Counter(suspend(scene, command, number) for number in sample(range(count), 4))
+    ended = Counter(suspend(scene, command, number) for number in sample(range(count), 2, whole))
     print(f"{name}: {count} operations; {dict(ended)}")
+
+
+def hold_up(scene: Scene, command: Command, number: int, kind: str) -> None:
+    """livegraft is stopped, or slow, at one operation, wherever that is; it goes on as if nothing had been."""
+
+    def be_late(name: str, subject: int) -> int:
+        if kind == "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        else:
+            time.sleep(0.2 if kind == "slow" else 1.5)  # the second is longer than a stop may take
+        return 0
+
+    with scene.start() as program:
+        scene.succeed(program, *command.prepare)
+        patcher = Patcher(scene.words(command.words, program.pid), at(number, be_late))
+        if kind == "stopped" and patcher.stopped_or_ended():  # a run may have fewer operations
+            os.kill(patcher.pid, signal.SIGCONT)
+        said = patcher.wait()
+        assert said.status == 0 and not said.stderr, said
+        scene.assert_sound(program, command.after)
+        scene.assert_usable(program)
+
+
+@EXTENT
+@pytest.mark.parametrize("kind", ["stopped", "slow", "very slow"])
+def test_livegraft_is_held_up_at_an_operation(scene: Scene, kind: str, whole: bool) -> None:
+    names = scene.operations(COMMANDS["apply"])
+    for number in sample(range(len(names)), 1, whole):
+        hold_up(scene, COMMANDS["apply"], number, kind)
 
 
 def in_the_pause(happening: Callable[[], None]) -> seam.Observer:
@@ -152,7 +183,7 @@ def test_waiting_for_a_live_function_is_interrupted(scene: Scene) -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
             return 0
 
-        said = run([*scene.words(("apply", "2"), program.pid)[:-1], "60"], observer, another_thread)
+        said = run(scene.words(("apply", "2"), program.pid), observer, another_thread)
         assert told_truth(COMMANDS["apply"], said) == 1
         scene.assert_sound(program, 1)
         assert program.patch_mappings == 0
@@ -170,10 +201,11 @@ def test_a_signal_that_is_ignored_changes_nothing(scene: Scene) -> None:
         scene.assert_sound(program, 2)
 
 
+@EXTENT
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_at_random_moments(scene: Scene, number: signal.Signals) -> None:
+def test_signals_at_random_moments(scene: Scene, number: signal.Signals, whole: bool) -> None:
     """The command as people start it, with everything that it imports."""
-    rounds = 150 if os.environ.get("LIVEGRAFT_SOAK") else 3
+    rounds = 150 if whole else 2
     chosen = random.Random(number)
     ended: Counter[str] = Counter()
     with scene.start() as program:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.live.answering import Answering, versions
-from tests.live.faults import COMMANDS, PATIENCE, Command, Patcher, Said, Scene, assert_at_liberty, at, sample
+from tests.live.faults import COMMANDS, EXTENT, PATIENCE, Command, Patcher, Said, Scene, assert_at_liberty, at, sample
 
 pytestmark = pytest.mark.root
 
@@ -89,9 +89,10 @@ def go_away(scene: Scene, command: Command, way: str, number: int) -> str:
 
 
 @pytest.mark.parametrize("way", ["kill", "exit", "exec", "release"])
+@EXTENT
 @pytest.mark.parametrize("name", ["apply", "revert"])
-def test_the_target_goes_away_at_an_operation(scene: Scene, name: str, way: str) -> None:
+def test_the_target_goes_away_at_an_operation(scene: Scene, name: str, way: str, whole: bool) -> None:
     command = COMMANDS[name]
     count = len(scene.operations(command))
-    ended = Counter(go_away(scene, command, way, number) for number in sample(range(count), 3))
+    ended = Counter(go_away(scene, command, way, number) for number in sample(range(count), 1, whole))
     print(f"{name}, {way}: {count} operations; {dict(ended)}")
