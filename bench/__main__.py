@@ -13,7 +13,7 @@ def main() -> None:
     """Run what is asked for; each benchmark knows its own number of rounds."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("names", nargs=argparse.REMAINDER, metavar="NAME", help="differ or pause, and its own arguments")
+    parser.add_argument("names", nargs=argparse.REMAINDER, metavar="NAME", help="differ or pause, and its arguments")
     arguments = parser.parse_args()
     chosen = arguments.names[0] if arguments.names and arguments.names[0] in BENCHMARKS else ""
     rest = arguments.names[1:] if chosen else arguments.names
