@@ -42,7 +42,8 @@ class Undisturbed:
     ``realtime`` says whether the kernel granted SCHED_FIFO (it needs CAP_SYS_NICE or RLIMIT_RTPRIO);
     without it everything works, only the pause may be longer. Signals that arrive meanwhile act on leaving: those
     that would end or stop this process are ``deferred``, since another thread may take them; the rest is blocked.
-    SIGALRM belongs to ``ticking`` meanwhile, and a timer that somebody has set is put back. Not to be nested.
+    SIGALRM belongs to ``ticking`` meanwhile, and a timer that somebody has set is put back. One
+    inside of another does nothing of its own.
     """
 
     def __init__(self) -> None:
@@ -53,9 +54,14 @@ class Undisturbed:
         self._collected = False
         self._alarm: _Alarm | None = None
         self._deferral = ExitStack()
+        self._nested = False
 
     def __enter__(self) -> Undisturbed:
         """Defer and block the signals first, so that nothing can come between the other steps."""
+        outer: Undisturbed | None = getattr(_here, "undisturbed", None)
+        if outer is not None:
+            self._nested, self.realtime = True, outer.realtime
+            return self
         self._deferral.enter_context(deferred())
         # Includes SIGTSTP, SIGTTIN and SIGTTOU: stopped by the terminal we would leave the target standing.
         self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - _FAULTS)
@@ -63,6 +69,7 @@ class Undisturbed:
         gc.disable()
         self._alarm = _take_alarm()
         self._become_realtime()
+        _here.undisturbed = self
         return self
 
     def _become_realtime(self) -> None:
@@ -79,6 +86,9 @@ class Undisturbed:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Undo it all, the signals last: they act here."""
+        if self._nested:
+            return
+        _here.undisturbed = None
         if self._scheduling is not None:
             os.sched_setscheduler(0, *self._scheduling)
             self._scheduling = None
@@ -99,6 +109,8 @@ class _Alarm:
     interval: float
     taken: float
 
+
+_here = threading.local()  # .undisturbed: the outermost that this thread is in
 
 _ticks: list[bool] = [False]  # whether SIGALRM is ours now
 

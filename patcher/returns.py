@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from . import seam
 from .breakpoints_x86_64 import Breakpoint
 from .quiescence import LiveFrame
+from .quiet import Undisturbed
 
 _FIRST_INTERVAL = 0.01
 _LONGEST_INTERVAL = 0.5
@@ -157,13 +158,30 @@ class Watch:
 
 
 class Waiting:
-    """Spends the time between the stops of one command."""
+    """Spends the time between the stops of one command; a context manager.
+
+    After a wait for returns this process is ``Undisturbed`` and keeps its breakpoints until ``done``, so that the stop
+    which follows comes as soon as it can: a thread may be elsewhere for a moment only.
+    """
 
     def __init__(self, deadline: float) -> None:
         """``deadline`` of time.monotonic: no wait ends later."""
         self.waits = Waits()
         self._deadline = deadline
         self._interval = _FIRST_INTERVAL
+        self._prepared = ExitStack()
+
+    def __enter__(self) -> Waiting:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """As ``done``."""
+        self.done()
+
+    def done(self) -> None:
+        """The stop that a wait was for is over."""
+        self._prepared.close()
 
     def wait(self, live: Sequence[LiveFrame], stopped: float) -> bool:
         """Wait until it is worth stopping again; False where there is no time for that.
@@ -174,9 +192,11 @@ class Waiting:
         returns, why = awaited(live)
         if not why:
             try:
-                with Watch(returns) as watch:
-                    return self._wait_for(watch, max(_SHORTEST_WAIT, _SHARE_STOPPED * stopped))
+                watch = self._prepared.enter_context(Watch(returns))
+                self._prepared.enter_context(Undisturbed())
+                return self._wait_for(watch, max(_SHORTEST_WAIT, _SHARE_STOPPED * stopped))
             except OSError as error:
+                self.done()
                 why = _not_to_be_had(error)
         return self._poll(why)
 

@@ -111,3 +111,15 @@ def test_in_another_thread_there_are_no_ticks() -> None:
     thread.start()
     thread.join()
     assert answers == [False]
+
+
+def test_one_inside_of_another_leaves_everything_to_it() -> None:
+    with Undisturbed() as outer:
+        inside = _own_state()
+        with Undisturbed() as inner:
+            assert inner.realtime == outer.realtime
+        assert _own_state() == inside
+        with ticking(0.01) as possible:
+            assert possible
+    with Undisturbed():
+        assert not gc.isenabled()
