@@ -18,14 +18,17 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from elfdiff.errors import BadInput
 from fixtures.intact import altered_code
-from patcher import seam
+from fixtures.tracees import compile_program, handled_signals, running, wait_until
+from patcher import batch, ptrace, seam, tracees
 from patcher.descriptors import leaked_memory_files
 from patcher.inspection import inspect_process
+from patcher.quiet import Undisturbed
 from patcher.record import State
 from patcher.transaction import apply, revert
 from tests.live.answering import SPREAD, Versions
@@ -305,3 +308,27 @@ def test_killed_at_random_moments(built: Versions, tmp_path: Path) -> None:
     print(f"seed {SEED}: {left.total()} rounds, {kills} killed, 0 deaths; left: {dict(left)}")
     print(f"{interrupted} calls that a stop ends with EINTR did so in a kill")
     assert kills > left.total() // 4
+
+
+@pytest.mark.parametrize("library", ["C", "Python"])
+def test_a_signal_outlives_the_tracer_that_has_seen_it(library: str, tmp_path: Path) -> None:
+    counts = tmp_path / "counts"
+    with running([compile_program("signals", tmp_path), counts]) as target:
+        child = os.fork()
+        if child == 0:
+            see_a_signal_and_die(target.pid, library)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+        wait_until(lambda: handled_signals(counts) == 1, "the signal")
+
+
+def see_a_signal_and_die(pid: int, library: str) -> NoReturn:
+    try:
+        os.environ[batch._PURE] = "" if library == "C" else "1"
+        ptrace.seize(pid, ptrace.Option.NONE)
+        os.kill(pid, signal.SIGRTMIN)
+        with Undisturbed():
+            stops = tracees.wait_for([pid], time.monotonic() + PATIENCE)
+        assert stops[pid].kind is tracees.StopKind.SIGNAL
+        os.kill(os.getpid(), signal.SIGKILL)
+    finally:
+        os._exit(99)
