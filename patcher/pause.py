@@ -17,6 +17,7 @@ from . import ptrace
 from .conditions import Conditions
 from .deepcheck import DeepCheck
 from .forbidden import ForbiddenRange
+from .interruption import heed
 from .memory import Comparison, Memory
 from .modules import Module, module_of
 from .plan import PageWrite, Plan, StateWrite
@@ -66,10 +67,10 @@ def carry_out(
     plan knows it; LivegraftError where a write failed and all was put back; TargetDamaged where that failed too.
     """
     tries = 0
-    waiting = Waiting(time.monotonic() + conditions.timeout)
     unchanged = Comparison(memory, _expected(plan))
     deep = deep_check(plan, seen, memory, conditions)
-    with deep or nullcontext(), stack_check(plan, seen, memory, deep) as check:
+    deadline = time.monotonic() + conditions.timeout
+    with deep or nullcontext(), stack_check(plan, seen, memory, deep) as check, Waiting(deadline) as waiting:
         while True:
             tries += 1
             live: tuple[LiveFrame, ...] = ()
@@ -83,6 +84,8 @@ def carry_out(
                 busy = error
             else:
                 return replace(done, tries=tries, waits=waiting.waits)
+            waiting.done()
+            heed()
             stopped = time.monotonic() - stopped
             # Before the wait, so that a moment which it finds is not lost to it; ``check`` notices what changes after.
             check.refresh()

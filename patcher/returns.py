@@ -189,6 +189,7 @@ class Waiting:
         ``live`` is what the last stop found, ``stopped`` how long it took, in seconds. Stops are kept apart, so that
         the target runs most of the time however often its threads come and go.
         """
+        self.done()
         returns, why = awaited(live)
         if not why:
             try:
