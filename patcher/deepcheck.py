@@ -46,7 +46,6 @@ _MOST_FOUND = 256  # then the answer is known
 _ENTRY_JUMP = b"\xe9"
 
 
-
 @dataclass(frozen=True, slots=True)
 class Found:
     """A word in memory that may lead back into the forbidden range ``name``.
@@ -103,12 +102,20 @@ class DeepCheck:
     """Searches the memory of one process; a context manager."""
 
     def __init__(
-        self, memory: Memory, forbidden: Sequence[ForbiddenRange], limit: int, entries: Collection[int] = ()
+        self,
+        memory: Memory,
+        forbidden: Sequence[ForbiddenRange],
+        limit: int,
+        entries: Collection[int] = (),
+        *,
+        strays_only: bool = False,
     ) -> None:
         """``limit``: bytes that are searched at most; ``entries``: where functions start that no unwind table tells.
 
+        ``strays_only``: called for only where a thread runs on another stack than its own.
         Raises BadInput, NotPermitted, LivegraftError.
         """
+        self.strays_only = strays_only
         self._memory = memory
         self._limit = limit
         self._ranges = ForbiddenRanges(forbidden)

@@ -108,15 +108,17 @@ def deep_check(plan: Plan, seen: Snapshot, memory: Memory, conditions: Condition
 
     Raises Refused where the process has more memory than may be searched, LivegraftError, NotPermitted.
     """
-    wanted = conditions.deep_check
-    if wanted is None:
-        wanted = bool(stack_switchers(seen.modules, memory))
-    if not wanted:
+    if conditions.deep_check is False:
         return None
+    switchers = () if conditions.deep_check else stack_switchers(seen.modules, memory)
+    if not conditions.deep_check and not switchers:
+        return None
+    strays_only = bool(switchers) and not any(item.parks for item in switchers)
     stand_ins = {item.stand_in for record in seen.records for item in record.contents.lookups}
-    check = DeepCheck(memory, plan.parkable, conditions.deep_limit, stand_ins)
+    check = DeepCheck(memory, plan.parkable, conditions.deep_limit, stand_ins, strays_only=strays_only)
     try:
-        check.require_limit()
+        if not strays_only:
+            check.require_limit()
     except BaseException:
         check.close()
         raise

@@ -27,7 +27,7 @@ from .forbidden import ForbiddenRange, ForbiddenRanges
 from .foresight import words_on_stacks
 from .frames_x86_64 import RESTORER_SIZE, SIGFRAME_SIZE, interrupted_stack
 from .memory import Memory
-from .proc import Mapping, code_lines, code_size, mappings
+from .proc import Mapping, code_lines, code_size, mappings, start_stack
 from .restorers import find_restorers
 from .stackmemory import StackMemory, StackWords
 from .stacksift import StackSift
@@ -155,6 +155,7 @@ class StackCheck:
         self._more_tables = tuple(tables)
         self._max_stack = max_stack
         self._deep = deep
+        self._start_stack = start_stack(memory.pid)
         self._sift = StackSift(memory.pid, self._ranges, max_stack, MAX_STACKS)
         self._known_restorers: dict[Mapping, tuple[int, ...]] = {}
         self._code: tuple[Mapping, ...] = ()
@@ -224,11 +225,21 @@ class StackCheck:
             # Code may have been replaced by as much other code; only now is it worth looking.
             self._renew_unwinder()
         live = [frame for item in suspects for frame in self._judge(item)]
-        if live or self._deep is None:
+        if live or self._deep is None or not self._may_be_parked(threads, self._deep):
             return Quiescence(tuple(live), len(threads), scanned, len(suspects))
         found, searched = self._deep.check(threads, self._restorers.addresses, self._unwinder)
         parked = tuple(LiveFrame(0, item.name, item.pc, None, False, (), item.words()) for item in found)
         return Quiescence(parked, len(threads), scanned, len(suspects), searched)
+
+    def _may_be_parked(self, threads: Sequence[StoppedThread], deep: DeepCheck) -> bool:
+        return not deep.strays_only or not all(self._is_on_own_stack(thread) for thread in threads)
+
+    def _is_on_own_stack(self, thread: StoppedThread) -> bool:
+        registers = thread.registers
+        # The kernel made the main thread's stack; in that of another the C library keeps its control block, at the top.
+        top = self._start_stack if thread.tid == self._memory.pid else registers.fs_base
+        end = self._stacks.end(registers.rsp & ~7, registers.fs_base, registers.rsp + self._max_stack)
+        return end is not None and registers.rsp <= top < end
 
     def parked(self) -> bool:
         """Whether what the deep check has found is still there, by a look that stops nobody."""
@@ -274,9 +285,7 @@ class StackCheck:
             item = examined[index * 8 // len(registers[0])]
             item.hits.append((None, int(words[index])))
 
-    def _read_stacks(
-        self, stacks: list[tuple[_Examined, int]], room: int
-    ) -> list[tuple[list[_Examined], StackWords]]:
+    def _read_stacks(self, stacks: list[tuple[_Examined, int]], room: int) -> list[tuple[list[_Examined], StackWords]]:
         """Read every stack from its stack pointer up; all in one go unless one cannot be read."""
         items: list[_Examined] = []
         runs: list[tuple[int, int]] = []

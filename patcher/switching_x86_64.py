@@ -2,6 +2,10 @@
 
 Seen are the calls for it that are made by name: ucontext (makecontext(3)), Boost.Context, libco. Not seen are switches
 that a program has in its own code, and those made of setjmp(3) and sigaltstack(2), which many use for other ends.
+
+Nearly every server has loaded such an image: OpenSSL's libcrypto, for its jobs (ASYNC_start_job(3)). A job is put aside
+by ASYNC_pause_job(3) alone, which libcrypto itself calls nowhere; so where no other image asks for that, no job waits,
+and the only stack that may be set aside is that of a thread which is in a job, on the job's stack.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from .modules import PT_LOAD, Module
 from .symbols import DynamicSymbols
 
 _UCONTEXT = ("makecontext", "swapcontext", "setcontext")  # getcontext(3) alone is what backtraces are made of
+_PAUSE_JOB = "ASYNC_pause_job"
 _LIBRARIES = ("jump_fcontext", "ontop_fcontext", "make_fcontext", "co_switch")
 
 # setcontext and swapcontext of glibc in a program that is linked statically (sysdeps/unix/sysv/linux/x86_64/
@@ -27,10 +32,14 @@ _PF_X = 1
 
 @dataclass(frozen=True, slots=True)
 class Switcher:
-    """An image, by its file's name, and the calls that it may switch stacks with."""
+    """An image, by its file's name, and the calls that it may switch stacks with.
+
+    Unless it ``parks``, a stack is set aside only while a thread runs on another than its own.
+    """
 
     image: str
     calls: tuple[str, ...]
+    parks: bool = True
 
     def __str__(self) -> str:
         """For people."""
@@ -42,12 +51,19 @@ def stack_switchers(loaded: Sequence[Module], memory: Memory) -> tuple[Switcher,
 
     Raises LivegraftError where one cannot be read.
     """
-    found = ((module, _calls(module, memory)) for module in loaded)
-    return tuple(Switcher(module.name, calls) for module, calls in found if calls)
+    known = [DynamicSymbols(module, memory) for module in loaded]
+    pausing = [symbols.module for symbols in known if symbols.mentions(_PAUSE_JOB)]
+    found = []
+    for symbols in known:
+        calls = _calls(symbols, memory)
+        if calls:
+            only_jobs = any(symbols.definitions(_PAUSE_JOB)) and pausing == [symbols.module]
+            found.append(Switcher(symbols.module.name, calls, parks=not only_jobs))
+    return tuple(found)
 
 
-def _calls(module: Module, memory: Memory) -> tuple[str, ...]:
-    symbols = DynamicSymbols(module, memory)
+def _calls(symbols: DynamicSymbols, memory: Memory) -> tuple[str, ...]:
+    module = symbols.module
     calls = [name for name in symbols.mentioned((*_UCONTEXT, *_LIBRARIES)) if not _provides(module, symbols, name)]
     if not symbols.needed and _has_own(module, memory):
         calls.append("setcontext, linked in")
