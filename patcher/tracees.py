@@ -229,8 +229,18 @@ def release_abandoned() -> int:
             continue
         _abandoned.discard(tid)
         if stop.kind is not StopKind.GONE:
+            _put_right(tid, stop)
             detach(tid, stop)
     return len(_abandoned)
+
+
+def _put_right(tid: int, stop: Stop) -> None:
+    """``repair`` a thread that has stopped late: what it waits in ends with EINTR then, too."""
+    try:
+        repair(tid, ptrace.read_registers(tid), stop)
+    except ptrace.PtraceFailed as error:
+        if not error.gone:
+            raise  # else killed in its stop, which detaching it notices
 
 
 def reap() -> None:

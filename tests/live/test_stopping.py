@@ -382,3 +382,16 @@ def test_seizing_must_not_be_mixed_up_with_another_thread_of_ours(build: Build) 
         wait_until(lambda: status(target.pid).tracer_pid == 0, "the kernel to detach")
         pause(target.pid)
         wait_until(lambda: state_of(target.pid) == "S", "the target to go on")
+
+
+def test_a_thread_that_stops_late_is_put_right(torture: Torture) -> None:
+    names = ("epoll_wait", "epoll_pwait", "epoll_wait forever", "recv", "sigtimedwait")
+    tids = [tally.tid for tally in torture.tallies if tally.name in names]
+    before = sum(tally.interrupted for tally in torture.tallies)
+    for tid in tids:
+        ptrace.seize(tid, ptrace.Option.NONE)
+        ptrace.interrupt(tid)
+        tracees.abandon(tid)
+    wait_until(lambda: tracees.release_abandoned() == 0, "the last to stop")
+    torture.wait_for_progress()
+    assert sum(tally.interrupted for tally in torture.tallies) == before
