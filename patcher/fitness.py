@@ -56,9 +56,10 @@ def _raise(obstacle: Obstacle | None) -> None:
 
 
 def traced(found: ProcessStatus) -> Obstacle | None:
-    """Whether somebody traces a process, and who."""
-    name = _name_of(found.tracer_pid) if found.tracer_pid else ""
-    return obstacles.traced(found.pid, found.name, found.tracer_pid, name)
+    """Whether somebody traces a process, and who. Raises BadInput (it has exited meanwhile)."""
+    # A main thread that ended while it was traced stays so until its tracer lets go of it, and be it this process.
+    tracer = status(living_thread(found.pid)).tracer_pid if found.zombie else found.tracer_pid
+    return obstacles.traced(found.pid, found.name, tracer, _name_of(tracer) if tracer else "")
 
 
 def _name_of(pid: int) -> str:

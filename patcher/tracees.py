@@ -313,10 +313,10 @@ def try_seize(pid: int, tid: int, options: ptrace.Option) -> bool:
             found = status(tid)
         except BadInput:
             return False
+        if found.zombie:
+            return False  # ours or not: it never stops, and is never reported while other threads live
         if found.tracer_pid == threading.get_native_id():
             return True
-        if found.zombie:
-            return False
         raise fitness.tracing_refused(replace(found, pid=pid), error.why).as_error() from error
     return True
 
