@@ -35,12 +35,8 @@ from tests.live.answering import Answering, Versions
 
 PATIENCE = 120.0  # seconds until a patcher counts as stuck; an ordinary one takes a tenth of one
 
-<<<<<<< HEAD
 BUSY = 5  # exit status
 _SWEEPS, _TRIES = 5, 5
-=======
-_SWEEPS = 5
->>>>>>> 7769c33e0256ef21aa2ce2935c3b57df0521b059
 
 T = TypeVar("T")
 

@@ -21,11 +21,7 @@ import pytest
 from elfdiff.errors import Interrupted
 from patcher import interruption, seam, transaction
 from tests.live.answering import versions
-<<<<<<< HEAD
 from tests.live.faults import BUSY, COMMANDS, EXTENT, Command, Patcher, Said, Scene, assert_at_liberty, at, run, sample
-=======
-from tests.live.faults import COMMANDS, EXTENT, Command, Patcher, Said, Scene, assert_at_liberty, at, run, sample
->>>>>>> 7769c33e0256ef21aa2ce2935c3b57df0521b059
 
 pytestmark = pytest.mark.root
 
@@ -137,13 +133,8 @@ def hold_up(scene: Scene, command: Command, number: int, kind: str) -> None:
         if kind == "stopped" and patcher.stopped_or_ended():  # a run may have fewer operations
             os.kill(patcher.pid, signal.SIGCONT)
         said = patcher.wait()
-<<<<<<< HEAD
         assert said.status in (0, BUSY) and not said.stderr, said
         scene.assert_sound(program, command.before if said.status else command.after)
-=======
-        assert said.status == 0 and not said.stderr, said
-        scene.assert_sound(program, command.after)
->>>>>>> 7769c33e0256ef21aa2ce2935c3b57df0521b059
         scene.assert_usable(program)
 
 
