@@ -1,4 +1,4 @@
-"""List the processes that run files which an upgrade has deleted or replaced.
+"""List the processes that run files which were replaced on disk.
 
 For each file: new-build, where another build lies at its path (livegraft diff can be asked for a patch of the two);
 same-build, where the same build lies there again; patched, where the process carries a patch to the build that lies
