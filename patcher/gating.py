@@ -47,7 +47,7 @@ from .staging import map_anonymous, map_sealed
 from .target import Snapshot
 
 _PAGE = 4096
-_LONGEST_GATE = 16 * (ENTRY_JUMP_SIZE + 3)
+_LONGEST_GATE = 16 * (ENTRY_JUMP_SIZE + 4)
 """Bytes kept for one: the fixed part, and twice five instructions each of which became a longer one."""
 _REACH = 1 << 31
 

@@ -4,16 +4,20 @@ While several pages of entry jumps are being written, the entries lead to gates 
 word of memory and goes on as the entry did before (0) or as it will (any other value), so that whoever dies between
 two pages leaves a program that runs one version of everything. A gate is
 
+    lea rsp, [rsp - 128]
     push rcx
     mov rcx, [word]
     jrcxz before
     pop rcx
+    lea rsp, [rsp + 128]
     <the instructions that will be at the entry>
     before: pop rcx
+    lea rsp, [rsp + 128]
     <the instructions that were at the entry>
 
-It changes no register and no flag, which callers compiled with -fipa-ra may rely on at an entry. The stack below rsp
-is free there: the caller's return address lies at rsp (psABI section 3.2.2).
+It changes no register and no flag, which callers compiled with -fipa-ra may rely on at an entry. Neither does it change
+the red zone, the 128 bytes below rsp (psABI section 3.2.2): it is free when a function is called, but not when a loop
+of the old function leads back to its entry.
 
 What stood at the entry has to run elsewhere: ``moved`` copies the instructions of the first five bytes so that they do
 there what they did, and go on behind them. Operands relative to rip get another distance, short branches become near
@@ -35,7 +39,8 @@ LONGEST_WINDOW = ENTRY_JUMP_SIZE - 1 + 15
 """Bytes from an entry that ``moved`` may need to see: an instruction has at most 15 (Intel SDM volume 2, 2.3.11)."""
 GATE_ALIGNMENT = 16
 
-_PUSH_RCX, _POP_RCX = b"\x51", b"\x59"
+_SAVE = b"\x48\x8d\x64\x24\x80\x51"  # lea rsp, [rsp - 128]; push rcx
+_RESTORE = b"\x59\x48\x8d\xa4\x24\x80\x00\x00\x00"  # pop rcx; lea rsp, [rsp + 128]
 _LOAD_RCX = b"\x48\x8b\x0d"  # mov rcx, [rip + disp32]
 _JRCXZ = 0xE3
 _REACH = 1 << 31
@@ -50,15 +55,16 @@ def gate(address: int, word: int, before: tuple[bytes, int], after: tuple[bytes,
     ``before`` and ``after`` are each code and the address where it stood: at least its leading instructions up to the
     fifth byte, ``LONGEST_WINDOW`` bytes being always enough. Raises TrampolineError where it cannot be moved.
     """
-    start = address + len(_PUSH_RCX) + len(_LOAD_RCX) + 4 + 2
-    head = _PUSH_RCX + _LOAD_RCX + _relative(word, start - 2)
-    will = _POP_RCX + moved(*after, start + len(_POP_RCX), shadow_stack)
-    was = _POP_RCX + moved(*before, start + len(will) + len(_POP_RCX), shadow_stack)
+    start = address + len(_SAVE) + len(_LOAD_RCX) + 4 + 2
+    head = _SAVE + _LOAD_RCX + _relative(word, start - 2)
+    will = _RESTORE + moved(*after, start + len(_RESTORE), shadow_stack)
+    was = _RESTORE + moved(*before, start + len(will) + len(_RESTORE), shadow_stack)
     if len(will) > 127:
         raise TrampolineError(f"the gate at {address:#x} is too long for its branch")
     code = head + bytes((_JRCXZ, len(will))) + will + was
-    intended = ["push rcx", f"mov rcx, [{word:#x}]", f"jrcxz {start + len(will):#x}", "pop rcx"]
-    require_same(head + bytes((_JRCXZ, len(will))) + _POP_RCX, intended, address)
+    intended = ["lea rsp, [rsp - 0x80]", "push rcx", f"mov rcx, [{word:#x}]", f"jrcxz {start + len(will):#x}"]
+    intended += ["pop rcx", "lea rsp, [rsp + 0x80]"]
+    require_same(head + bytes((_JRCXZ, len(will))) + _RESTORE, intended, address)
     return code
 
 

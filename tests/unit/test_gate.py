@@ -75,10 +75,12 @@ def test_any_bytes_are_moved_whole_or_refused(data: bytes) -> None:
     assert found[-1].text.startswith(("jmp", "ret", "repz ret", "rep ret"))
 
 
-def test_a_gate_asks_its_word_and_changes_no_register() -> None:
+def test_a_gate_asks_its_word_and_changes_neither_register_nor_flag_nor_red_zone() -> None:
     word = ELSEWHERE - 64
     before, after = bytes.fromhex("53ba01000000"), bytes.fromhex("e97f000000")
     found = [item.text for item in decode(gate(ELSEWHERE, word, (before, ENTRY), (after, ENTRY), False), ELSEWHERE)]
-    asks = ["push rcx", f"mov rcx, [{word:#x}]", f"jrcxz {ELSEWHERE + 16:#x}", "pop rcx"]
-    assert found[:5] == [*asks, "jmp 0x555500001084"]
-    assert found[5:] == ["pop rcx", "push rbx", "mov edx, 1", "jmp 0x555500001006"]
+    saved, restored = ["lea rsp, [rsp - 0x80]", "push rcx"], ["pop rcx", "lea rsp, [rsp + 0x80]"]
+    asks = [*saved, f"mov rcx, [{word:#x}]", f"jrcxz {ELSEWHERE + 29:#x}"]
+    assert found == [
+        *asks, *restored, "jmp 0x555500001084", *restored, "push rbx", "mov edx, 1", "jmp 0x555500001006",
+    ]  # fmt: skip
