@@ -12,6 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
+from elfdiff.addressmap import CERTAIN
 from elfdiff.comparison import Comparison
 from elfdiff.image import STT_OBJECT, Addresses, Kind, SymbolTable
 
@@ -67,12 +68,34 @@ class Variables:
         if target in self.comparison.addresses.disputed:
             return "the evidence for it contradicts itself"
         if target in self.mapped:
+            if self._is_another(target):
+                return "the evidence for it is that of another variable of the new build, or of another part of one"
             grown = self._grown(target, self.mapped[target]) if whole else None
             return grown or OldVariable(self.mapped[target])
         if target in self.new.image.copies:
             return "it is a library's variable of which the running program has no copy"
         named = self._by_name(target)
         return named if named is not None else self._by_neighbours(target)
+
+    @cached_property
+    def _claims(self) -> dict[int, list[int]]:
+        """Old address -> the new ones that are mapped to it, where there are several."""
+        claims: dict[int, list[int]] = {}
+        for n, o in self.mapped.items():
+            claims.setdefault(o, []).append(n)
+        return {o: several for o, several in claims.items() if len(several) > 1}
+
+    def _is_another(self, target: int) -> bool:
+        """Whether a second new address is mapped to the same old one, and ``target`` has no better right to it.
+
+        A surviving instruction of a changed function that names another element of an array says so of the old element.
+        """
+        rivals = [n for n in self._claims.get(self.mapped[target], ()) if n != target]
+        return bool(rivals) and (not self._is_certain(target) or any(self._is_certain(n) for n in rivals))
+
+    def _is_certain(self, target: int) -> bool:
+        found = self.comparison.addresses.old_of.get(target)
+        return found is None or found[1] in CERTAIN
 
     # -- neighbours ------------------------------------------------------------------------------------------
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from tests.compile import Compiler
 from tests.verdict import judge, program
 
@@ -21,11 +19,6 @@ def test_symbols_say_which_element_it_is(compiled: Compiler) -> None:
     verdict.check()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="without symbols the only evidence for turns[1] is the surviving instruction that named turns[0], "
-    "and it is believed: the new code uses the old element",
-)
 def test_without_symbols_it_is_told_or_refused(compiled: Compiler) -> None:
     verdict = judge(compiled, PAIR)
     if not verdict.refused:
