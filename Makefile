@@ -9,7 +9,7 @@ SEED ?= 1
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo test test-real soak matrix bench lint clean
+.PHONY: help demo test test-real soak fuzz matrix bench lint clean
 .DEFAULT_GOAL := help
 
 help: ## list what make can do
