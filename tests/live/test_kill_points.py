@@ -1,7 +1,7 @@
 """kill -9 of the patcher before each single operation on its target (``patcher/seam.py``), and at random moments.
 
 Whatever the moment: the target lives, answers, and has noticed nothing; ``status`` tells the truth; the next commands
-work and leave the code as it is in the file (D9, D10). ``make test`` goes to all writes and to a sample of the other
+work and leave the code as it is in the file (D9, D10). ``make test`` goes to a sample of the writes and of the other
 operations that changes from run to run (the seed is printed; LIVEGRAFT_SEED=n repeats it); ``make soak`` to every one.
 """
 
@@ -38,8 +38,9 @@ pytestmark = pytest.mark.root
 PATIENCE = 120.0
 """Seconds for the functions to be idle: on a busy machine a thread may be put aside inside one of them."""
 SEED = int(os.environ.get("LIVEGRAFT_SEED", time.time_ns() % 1_000_000))
-SAMPLE = int(os.environ.get("LIVEGRAFT_SAMPLE", "4"))
-"""Operations of each kind of work, beside the writes, in an ordinary run."""
+SAMPLE = int(os.environ.get("LIVEGRAFT_SAMPLE", "3"))
+"""Writes of each kind of work in an ordinary run, and one operation more."""
+FEWEST_WRITES = 10
 ROUNDS = int(os.environ.get("LIVEGRAFT_ROUNDS", "2000"))
 ROUNDS_PER_TARGET = 20
 
@@ -224,17 +225,14 @@ def every(name: str = "") -> Iterator[Point]:
 def test_killed_before_a_write_or_elsewhere(work: Work, built: Versions, tmp_path: Path) -> None:
     chosen = random.Random(f"{SEED} {work.name}")
     left: Counter[tuple[str, str]] = Counter()
-    for point in every("WRITE"):
-        found = strike(work, point, built, tmp_path, chosen)
-        if found is None:
-            break
+    for number in chosen.sample(range(FEWEST_WRITES), SAMPLE):
+        found = strike(work, Point(number, "WRITE"), built, tmp_path, chosen)
+        assert found is not None, f"write {number} was not reached"
         left[found] += 1
     count = counted(work, built, tmp_path)
-    for number in chosen.sample(range(count), SAMPLE):
-        found = strike(work, Point(number), built, tmp_path, chosen)
-        left[found or ("", "not killed")] += 1
+    found = strike(work, Point(chosen.randrange(count)), built, tmp_path, chosen)
+    left[found or ("", "not killed")] += 1
     print(f"{work.name}, seed {SEED}, about {count} operations: {dict(left)}")
-    assert sum(found for (name, _), found in left.items() if name == "WRITE") >= 5
 
 
 @pytest.mark.soak
