@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -248,6 +248,15 @@ def test_a_library_user_gets_the_signal_after_all_is_undone(scene: Scene) -> Non
         signal.signal(signal.SIGTERM, before)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises, also where the tests run in the background of a script, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_deferral_puts_every_handler_back() -> None:
     def handlers() -> list[object]:
         return [signal.getsignal(number) for number in (*interruption.ENDING, *interruption.STOPPING)]
