@@ -10,10 +10,9 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
-import functools
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -24,6 +23,7 @@ from elfdiff.errors import LivegraftError, NotPermitted
 
 from . import seam
 from .proc import Mapping, by_living_thread, living_thread, mapping_over, mappings, no_such_process
+from .stackmemory import process_vm_readv
 
 _PAGE = 4096
 _CHUNK = 1 << 19  # bytes: what is read is looked at while it is in the processor's cache
@@ -47,15 +47,6 @@ _SHARED_MEMORY = ("/dev/zero", "/memfd:", "/dev/shm/", "/SYSV", "/dev/hugepages/
 
 _RAMP = np.arange(0, _CHUNK, 8, dtype=np.uint64)
 _Runs = NDArray[np.uint64]
-
-
-@functools.cache
-def _process_vm_readv() -> Callable[..., int]:
-    function = ctypes.CDLL(None, use_errno=True).process_vm_readv
-    pointer, number = ctypes.c_void_p, ctypes.c_ulong
-    function.argtypes = [ctypes.c_int, pointer, number, pointer, number, number]
-    function.restype = ctypes.c_ssize_t
-    return function
 
 
 def may_hold_stacks(mapping: Mapping) -> bool:
@@ -233,7 +224,7 @@ class DeepMemory:
         if not number:
             # By whatever thread lives: it is stopped, and goes on living.
             tid = living_thread(self._pid)
-            got = _process_vm_readv()(tid, local.ctypes.data, 1, batch.ctypes.data, len(batch), 0)
+            got = process_vm_readv()(tid, local.ctypes.data, 1, batch.ctypes.data, len(batch), 0)
             if got == into.nbytes:
                 return
             number = ctypes.get_errno() if got < 0 else errno.EFAULT

@@ -38,7 +38,8 @@ _FIRST_BUFFER = 1 << 20
 
 
 @functools.cache
-def _process_vm_readv() -> Callable[..., int]:
+def process_vm_readv() -> Callable[..., int]:
+    """The call of the C library, for arguments that are addresses and numbers (process_vm_readv(2))."""
     function = ctypes.CDLL(None, use_errno=True).process_vm_readv
     pointer, number = ctypes.c_void_p, ctypes.c_ulong
     function.argtypes = [ctypes.c_int, pointer, number, pointer, number, number]
@@ -147,7 +148,7 @@ class StackMemory:
         local = np.array([words.ctypes.data, words.nbytes], dtype=np.uint64)
         number = seam.announce("READV", self._pid)
         if not number:
-            got = _process_vm_readv()(self._tid, local.ctypes.data, 1, remote.ctypes.data, len(remote), 0)
+            got = process_vm_readv()(self._tid, local.ctypes.data, 1, remote.ctypes.data, len(remote), 0)
             if got == words.nbytes:
                 return
             number = ctypes.get_errno() if got < 0 else errno.EFAULT
