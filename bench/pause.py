@@ -27,6 +27,7 @@ from bench import pausetarget, steady
 from bench.pausetarget import Target
 from elfdiff.patchobject import PatchObject
 from patcher import batch
+from patcher.gating import with_gates
 from patcher.memory import Memory
 from patcher.plan import Plan, plan_revert, situation
 from patcher.record import STATE_OFFSET
@@ -153,13 +154,14 @@ def _whole(pid: int, file: Path) -> dict[str, Command]:
 
 
 def _plan(pid: int) -> Plan:
-    """What a revert does now: its ranges and its writes are what the C program is given."""
+    """What a revert does now: its ranges and its writes, gates included, are what the C program is given."""
     with Memory(pid) as memory:
         seen = take_snapshot(pid, memory)
         (record,) = seen.records
         module = module_of_record(record, seen.modules)
         assert module is not None
-        return plan_revert(record, situation(seen.records, module), memory.read_many, seen.modules)
+        plan = plan_revert(record, situation(seen.records, module), memory.read_many, seen.modules)
+        return with_gates(plan, record.contents.journal, module, seen, memory).plan
 
 
 def _writes(plan: Plan) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""What the pause does for every thread, done for all of them by one call of C (``batch.c``).
+"""What the pause does for every thread, done for all of them by one call of C (``batch.c``), and whole pauses.
 
 Optional, and only shorter: where the library was not built, or LIVEGRAFT_PURE is set, the callers do the same in
 Python, one thread after the other. So they do while somebody observes the seam, who must be told of every single
@@ -12,12 +12,13 @@ import functools
 import os
 from array import array
 from collections.abc import Callable, Sequence
+from enum import IntEnum
 from importlib.util import find_spec
 from typing import Any
 
 from . import seam
 
-ABI = 2
+ABI = 3
 """Version of what ``batch.c`` exports; a library that says another one is not used."""
 
 Failures = list[tuple[int, int]]
@@ -43,6 +44,84 @@ class Filter(ctypes.Structure):
     )
 
 
+class Stacks(ctypes.Structure):
+    """``struct stacks`` of batch.c."""
+
+    _fields_ = (
+        ("pid", ctypes.c_int),
+        ("maps", ctypes.c_int),
+        ("filter", Filter),
+        ("max_stack", ctypes.c_uint64),
+        ("max_stacks", ctypes.c_uint64),
+        ("start_stack", ctypes.c_uint64),
+        ("words", ctypes.c_void_p),
+        ("room", ctypes.c_size_t),
+        ("scanned", ctypes.c_uint64),
+        ("strays", ctypes.c_int64),
+    )
+
+
+class Range(ctypes.Structure):
+    """``struct range`` of batch.c."""
+
+    _fields_ = (("address", ctypes.c_uint64), ("size", ctypes.c_uint64), ("bytes", ctypes.c_void_p))
+
+
+class WholePause(ctypes.Structure):
+    """``struct pause`` of batch.c."""
+
+    _fields_ = (
+        ("stacks", ctypes.c_void_p),
+        ("tids", ctypes.c_void_p),
+        ("count", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
+        ("task", ctypes.c_int32),
+        ("status", ctypes.c_int32),
+        ("statm", ctypes.c_int32),
+        ("memory", ctypes.c_int32),
+        ("code_size", ctypes.c_char_p),
+        ("mapped", ctypes.c_uint64 * 2),
+        ("own_stacks", ctypes.c_int32),
+        ("call_count", ctypes.c_int32),
+        ("calls", ctypes.c_void_p),
+        ("expected", ctypes.c_void_p),
+        ("expected_count", ctypes.c_int64),
+        ("writes", ctypes.c_void_p),
+        ("write_count", ctypes.c_int64),
+        ("patience", ctypes.c_uint64),
+        ("registers", ctypes.c_void_p),
+        ("statuses", ctypes.c_void_p),
+        ("failures", ctypes.c_void_p),
+        ("signals", ctypes.c_void_p),
+        ("odd", ctypes.c_void_p),
+        ("written", ctypes.c_int64),
+        ("began", ctypes.c_uint64),
+        ("ended", ctypes.c_uint64),
+    )
+
+
+class Step(IntEnum):
+    """``enum step`` of batch.c: before or in which step a pause was left to Python."""
+
+    DONE = 0
+    INTERRUPT = 1
+    WAIT = 2
+    THREADS = 3
+    REGISTERS = 4
+    STACKS = 5
+    CODE = 6
+    COMPARE = 7
+    WRITE = 8
+
+
+class Call(IntEnum):
+    """``enum call`` of batch.c: what is done with a system call that says EINTR."""
+
+    LEAVE = 0
+    REPAIR = 1
+    ASK = 2
+
+
 class Batch:
     """The library. Every function must be called by the thread that is the tracer."""
 
@@ -54,13 +133,32 @@ class Batch:
         self._registers = _function(library, "registers", integer, pointer, integer, pointer, pointer)
         self._detach = _function(library, "detach", integer, pointer, pointer, integer, pointer)
         self._wait = _function(library, "wait", integer, pointer, integer, pointer)
+        self._mapped = _function(library, "mapped", integer, integer, pointer)
+        self._pause = _function(library, "pause", integer, pointer)
+        self._sift = _function(library, "sift", integer, pointer, pointer, pointer, integer, pointer)
         self.scan = _function(library, "scan", integer, pointer, pointer, ctypes.c_size_t)
         """(Filter, address of words, their number): 1 where any of the words matters."""
-        self.sift = _function(
-            library, "sift", integer, integer, integer, pointer, integer, pointer, ctypes.c_uint64, ctypes.c_uint64,
-            pointer, ctypes.c_size_t, pointer, pointer,
-        )  # fmt: skip
-        """As ``livegraft_sift`` of batch.c; all pointers are addresses. Returns an errno, or 0."""
+        self.disturb = _function(library, "disturb", ctypes.c_long, ctypes.c_long, integer)
+        """For tests: (n, errno) makes the n-th operation from now on fail, or kills this process before it (errno 0).
+
+        Returns how many operations were still to come until the last one that was asked for, 0 if it has been made."""
+
+    def sift(self, stacks: Stacks, tids: Sequence[int], registers: int, odd: int) -> int:
+        """As ``livegraft_sift`` of batch.c; ``registers`` and ``odd`` are addresses. Returns an errno, or 0."""
+        numbers = array("i", tids)
+        return int(self._sift(ctypes.byref(stacks), _address(numbers), registers, len(numbers), odd))
+
+    def mapped(self, statm: int) -> tuple[int, int]:
+        """The pages that are mapped, and those of data and stacks, by a descriptor of ``/proc/PID/statm``.
+
+        (0, 0), which no process has, where they cannot be read.
+        """
+        counts = array("Q", (0, 0))
+        return (counts[0], counts[1]) if self._mapped(statm, _address(counts)) == 0 else (0, 0)
+
+    def pause(self, pause: WholePause) -> Step:
+        """As ``livegraft_pause`` of batch.c."""
+        return Step(self._pause(ctypes.byref(pause)))
 
     def interrupt(self, tids: Sequence[int]) -> Failures:
         """PTRACE_INTERRUPT of every thread."""
@@ -98,7 +196,7 @@ def _function(library: ctypes.CDLL, name: str, result: Any, *arguments: Any) -> 
     return function
 
 
-def _address(numbers: array[int]) -> int:
+def _address(numbers: array[Any]) -> int:
     return numbers.buffer_info()[0]
 
 

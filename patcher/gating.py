@@ -44,6 +44,7 @@ from .proc import mapping_over, mappings, mmap_min_addr, read_proc_file, stack_l
 from .record import JournalEntry
 from .remote import RemoteCallError
 from .staging import map_anonymous, map_sealed
+from .steps import no_step
 from .target import Snapshot
 
 _PAGE = 4096
@@ -183,10 +184,6 @@ def _order(
     )
 
 
-def _no_step(name: str) -> None:
-    del name
-
-
 def _within(page: PageWrite, jumps: dict[int, bytes]) -> dict[int, bytes]:
     return {address: jump for address, jump in jumps.items() if _covers(page, address)}
 
@@ -208,7 +205,7 @@ def _room(size: int, module: Module, seen: Snapshot, memory: Memory) -> int:
         empty = encode_gates((), b"").ljust(size, b"\0")
         image = Image(0, b"", (BoundSegment(start, PF_R | PF_X, empty),))
         try:
-            if not map_sealed(image, memory, _no_step):
+            if not map_sealed(image, memory, no_step):
                 map_anonymous(image, memory)
         except PlaceTaken as error:
             taken = error

@@ -7,8 +7,8 @@ compared once more, since the program ran on in between.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 
 from elfdiff.errors import Busy, Changed, LivegraftError, TargetDamaged
@@ -22,16 +22,15 @@ from .memory import Comparison, Memory
 from .modules import Module, module_of
 from .plan import PageWrite, Plan, StateWrite
 from .proc import has_exited, no_such_process
-from .quiescence import LiveFrame, StackCheck
+from .quickpause import QuickPause
+from .quiescence import LiveFrame, Quiescence, StackCheck
 from .record import STATE_OFFSET, Record
 from .returns import Waiting, Waits
+from .steps import OnStep, no_step
 from .stopping import SeizedProcess, seize
 from .switching_x86_64 import stack_switchers
 from .target import Snapshot
 from .unwindtables import UnwindTable
-
-OnStep = Callable[[str], None]
-"""Called with a name at every point at which the death of this process leaves something else behind."""
 
 _MAX_STACK_LINES = 16
 _MAX_FRAMES_SHOWN = 8
@@ -67,16 +66,23 @@ def carry_out(
     plan knows it; LivegraftError where a write failed and all was put back; TargetDamaged where that failed too.
     """
     tries = 0
-    unchanged = Comparison(memory, _expected(plan))
+    expected = _expected(plan)
+    unchanged = Comparison(memory, expected)
     deep = deep_check(plan, seen, memory, conditions)
     deadline = time.monotonic() + conditions.timeout
-    with deep or nullcontext(), stack_check(plan, seen, memory, deep) as check, Waiting(deadline) as waiting:
+    with ExitStack() as stack:
+        stack.enter_context(deep or nullcontext())
+        check = stack.enter_context(stack_check(plan, seen, memory, deep))
+        waiting = stack.enter_context(Waiting(deadline))
+        quick = None
+        if not write or on_step is no_step:
+            quick = stack.enter_context(QuickPause(memory, check, expected, _writes(plan) if write else ()))
         while True:
             tries += 1
             live: tuple[LiveFrame, ...] = ()
             stopped = time.monotonic()
             try:
-                done = _one_stop(plan, check, unchanged, memory, on_step if write else None)
+                done = _one_stop(plan, check, unchanged, memory, on_step if write else None, quick)
             except _NotQuiescent as error:
                 live = error.live
                 busy = _busy(live, seen, plan.forbidden, conditions, tries, waiting.waits)
@@ -134,23 +140,40 @@ class _NotQuiescent(Exception):
 
 
 def _one_stop(
-    plan: Plan, check: StackCheck, unchanged: Comparison, memory: Memory, on_step: OnStep | None
+    plan: Plan,
+    check: StackCheck,
+    unchanged: Comparison,
+    memory: Memory,
+    on_step: OnStep | None,
+    quick: QuickPause | None,
 ) -> Pause:
     with seize(memory.pid) as process:
-        process.stop()
+        seized = len(process.tids)
+        if process.stop(quick=quick):
+            return _pause(process, seized)
         threads = process.threads
-        result = check.check(threads)
-        if result.live:
-            raise _NotQuiescent(result.live)
-        if not unchanged.holds():
-            _require_unchanged(plan, memory)
+        result = Quiescence((), len(threads), 0, 0)
+        if quick is None or not quick.wrote:  # else all of it held
+            result = check.check(threads)
+            if result.live:
+                raise _NotQuiescent(result.live)
+            if not unchanged.holds():
+                _require_unchanged(plan, memory)
         if on_step is not None:
             _write(plan, process, memory, on_step)
         process.resume_and_detach()
-        return Pause(
-            process.pause_ns, 1, len(threads), result.unwound, process.realtime, Waits(), result.searched,
-            process.began_ns,
-        )  # fmt: skip
+        return _pause(process, len(threads), result)
+
+
+def _pause(process: SeizedProcess, threads: int, found: Quiescence | None = None) -> Pause:
+    unwound, searched = (found.unwound, found.searched) if found else (0, 0)
+    return Pause(process.pause_ns, 1, threads, unwound, process.realtime, Waits(), searched, process.began_ns)
+
+
+def _writes(plan: Plan) -> list[tuple[int, bytes]]:
+    """All writes as (address, bytes), in the order of ``_write``."""
+    first, last = ([(item.record + STATE_OFFSET, item.after) for item in states] for states in (plan.first, plan.last))
+    return [*first, *((page.address, page.after) for page in plan.pages), *last]
 
 
 def _expected(plan: Plan) -> list[tuple[int, bytes]]:

@@ -112,16 +112,29 @@ def read_proc_file(pid: int, name: str) -> str:
     try:
         with open(f"/proc/{pid}/{name}", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
             return file.read()
-    except (FileNotFoundError, ProcessLookupError) as error:
-        raise no_such_process(pid) from error
-    except PermissionError as error:
-        raise NotPermitted(
-            f"/proc/{pid}/{name} may not be read",
-            why=f"the kernel answered {error.strerror}; this is user {os.geteuid()}",
-            next_step="run as the owner of the process with ptrace rights, or as root",
-        ) from error
-    except OSError as error:
-        raise LivegraftError(f"/proc/{pid}/{name} could not be read", why=str(error)) from error
+    except (FileNotFoundError, ProcessLookupError, PermissionError) as error:
+        raise _unreadable(pid, name, error) from error
+
+
+def open_proc_file(pid: int, name: str) -> int:
+    """Return a descriptor of ``/proc/PID/NAME``, a file or a folder, for reading; it is the caller's to close.
+
+    Raises as ``read_proc_file``.
+    """
+    try:
+        return os.open(f"/proc/{pid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, ProcessLookupError, PermissionError) as error:
+        raise _unreadable(pid, name, error) from error
+
+
+def _unreadable(pid: int, name: str, error: OSError) -> LivegraftError:
+    if not isinstance(error, PermissionError):
+        return no_such_process(pid)
+    return NotPermitted(
+        f"/proc/{pid}/{name} may not be read",
+        why=f"the kernel answered {error.strerror}; this is user {os.geteuid()}",
+        next_step="run as the owner of the process with ptrace rights, or as root",
+    )
 
 
 def no_such_process(pid: int) -> BadInput:

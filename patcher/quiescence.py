@@ -12,6 +12,7 @@ which is made where the process may have such stacks.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -22,12 +23,13 @@ import numpy as np
 from elfdiff.cursor import ReadBytes
 from elfdiff.errors import LivegraftError, NotPermitted
 
+from . import batch
 from .deepcheck import DeepCheck
 from .forbidden import ForbiddenRange, ForbiddenRanges
 from .foresight import words_on_stacks
 from .frames_x86_64 import RESTORER_SIZE, SIGFRAME_SIZE, interrupted_stack
 from .memory import Memory
-from .proc import Mapping, code_lines, code_size, mappings, start_stack
+from .proc import Mapping, by_living_thread, code_lines, code_size, mappings, open_proc_file, start_stack
 from .restorers import find_restorers
 from .stackmemory import StackMemory, StackWords
 from .stacksift import StackSift
@@ -130,6 +132,21 @@ class _Examined:
         return read
 
 
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What C has to find out in place of ``StackCheck.check``: that all of it holds.
+
+    No thread is odd to the sift of these ``stacks``; ``code_size`` stands in ``/proc/PID/status``, or ``statm``, a
+    descriptor, says that as much is ``mapped`` as then; and, where it says ``own_stacks``, each thread runs on its own.
+    """
+
+    stacks: batch.Stacks
+    code_size: bytes
+    statm: int
+    mapped: tuple[int, int]
+    own_stacks: bool
+
+
 class StackCheck:
     """Looks for frames of forbidden functions; a context manager.
 
@@ -156,13 +173,20 @@ class StackCheck:
         self._max_stack = max_stack
         self._deep = deep
         self._start_stack = start_stack(memory.pid)
-        self._sift = StackSift(memory.pid, self._ranges, max_stack, MAX_STACKS)
+        self._sift = StackSift(memory.pid, self._ranges, max_stack, MAX_STACKS, self._start_stack)
         self._known_restorers: dict[Mapping, tuple[int, ...]] = {}
         self._code: tuple[Mapping, ...] = ()
         self._code_lines: tuple[str, ...] = ()
         self._unwinder = Unwinder((), memory.read)
-        self.refresh()
-        self._stacks = StackMemory(memory.pid)
+        self._statm = by_living_thread(memory.pid, lambda tid: open_proc_file(memory.pid, f"task/{tid}/statm"))
+        self._mapped = 0, 0
+        try:
+            self.refresh()
+            self._stacks = StackMemory(memory.pid)
+        except BaseException:
+            os.close(self._statm)
+            raise
+        self._sift.stacks.maps = self._stacks.fileno()
 
     def __enter__(self) -> StackCheck:
         """Return itself."""
@@ -173,6 +197,7 @@ class StackCheck:
     ) -> None:
         """Close what it has opened."""
         self._stacks.close()
+        os.close(self._statm)
 
     def refresh(self) -> None:
         """Look at the code that is mapped now. Raises ``LivegraftError`` where the process goes away."""
@@ -183,6 +208,8 @@ class StackCheck:
 
     def _look_at_code(self) -> None:
         # Its size first: what is mapped after that is noticed by the next check.
+        library = batch.active()
+        self._mapped = library.mapped(self._statm) if library else (0, 0)
         self._code_size = code_size(self._memory.pid)
         maps = mappings(self._memory.pid)
         self._restorers = find_restorers(maps, self._memory, self._known_restorers)
@@ -206,6 +233,13 @@ class StackCheck:
         self._unwinder = self._unwinder.renewed(tables, is_unchanged)
         self._unwinder.prepare()
         self._code, self._code_lines = code, lines
+
+    def question(self) -> Question | None:
+        """Return what ``check`` would ask where nothing is unusual; None where more is to be asked, or C cannot."""
+        if self._restorers.unsure or (self._deep is not None and not self._deep.strays_only):
+            return None
+        size = "\n".join(self._code_size).encode()
+        return Question(self._sift.stacks, size, self._statm, self._mapped, self._deep is not None)
 
     def check(self, threads: Sequence[StoppedThread]) -> Quiescence:
         """Whether a forbidden function is live. ``threads`` are all threads of the process, all stopped.
@@ -249,7 +283,7 @@ class StackCheck:
         """The threads that have to be looked at one by one, and the bytes of stacks that were read to tell."""
         if self._restorers.unsure:
             return threads, 0
-        return self._sift.sift(threads, self._stacks.fileno())
+        return self._sift.sift(threads)
 
     def _is_suspect(self, item: _Examined) -> bool:
         executing = self._ranges.of_instruction(item.rip, next_instruction=True)

@@ -150,6 +150,10 @@ PLAIN_EINTR = _NOTHING_DONE | _NOTHING_DONE_BY_SOCKETS.keys()
 # and nanosleep answer one of the numbers above, and close(2) must not be repeated.
 
 _IOCTL = 16
+WHEN_NOTHING_WAS_DONE = _NOTHING_DONE
+"""Those of them that have always done nothing yet when they say EINTR."""
+WHEN_ONLY_THE_DESCRIPTOR_TELLS = frozenset({*_NOTHING_DONE_BY_SOCKETS, _IOCTL})
+"""Calls of which ``without_spurious_eintr`` has to ask what they were called for."""
 # tty_ioctl and set_termios, drivers/tty: these wait until all is sent, and do what they were asked for only then.
 # TCSBRK does so, as tcdrain(3), with an argument other than 0. asm-generic/ioctls.h.
 _TCSBRK = 0x5409

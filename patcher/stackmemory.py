@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from elfdiff.errors import LivegraftError, NotPermitted
 
 from . import seam
-from .proc import Mapping, by_living_thread, living_thread, mappings, no_such_process
+from .proc import Mapping, by_living_thread, living_thread, mappings, open_proc_file
 
 # ioctl PROCMAP_QUERY on /proc/PID/maps (include/uapi/linux/fs.h; kernel commit ed5d583a88a9, v6.11): one mapping
 # for a few microseconds, where reading the file costs as much for every mapping that there is.
@@ -70,13 +70,6 @@ class StackWords:
         return view[offset : offset + size].tobytes()
 
 
-def _open_maps(pid: int, tid: int) -> int:
-    try:
-        return os.open(f"/proc/{pid}/task/{tid}/maps", os.O_RDONLY | os.O_CLOEXEC)
-    except (FileNotFoundError, ProcessLookupError) as error:
-        raise no_such_process(pid) from error
-
-
 class StackMemory:
     """The stacks of one process; a context manager.
 
@@ -92,7 +85,7 @@ class StackMemory:
         self._used = 0
         self._mappings: tuple[Mapping, ...] | None = None
         self._tid = pid
-        self._descriptor = by_living_thread(pid, lambda tid: _open_maps(pid, tid))
+        self._descriptor = by_living_thread(pid, lambda tid: open_proc_file(pid, f"task/{tid}/maps"))
 
     def __enter__(self) -> StackMemory:
         """Return itself."""

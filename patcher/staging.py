@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import secrets
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from elfdiff.errors import Refused
@@ -50,13 +49,10 @@ from .record import (
     segment_digest,
 )
 from .remote import RemoteCaller, RemoteCallError, erase_old_stubs
+from .steps import OnStep
 from .target import Snapshot, own_mappings
 
 _NO_MEMORY = frozenset({errno.ENOMEM, errno.EAGAIN})  # mmap(2): a limit; memory that would have to be locked
-
-OnStep = Callable[[str], None]
-"""Called with a name at every point at which the death of this process leaves something else behind."""
-
 
 @dataclass(frozen=True, slots=True)
 class Staged:

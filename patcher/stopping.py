@@ -18,10 +18,12 @@ import time
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from types import TracebackType
+from typing import Protocol
 
 from elfdiff.errors import BadInput, LivegraftError
 
 from . import batch, obstacles, ptrace, tracees
+from .batch import Step
 from .interruption import deferred, heed
 from .proc import thread_count, thread_ids
 from .quiet import Undisturbed
@@ -42,6 +44,25 @@ _OPTIONS = ptrace.Option.TRACEEXEC
 # of threads that each start the next one can run away. Not for the others: between seizing and stopping a new
 # thread would stand still, and nobody would look.
 _LATE_OPTIONS = _OPTIONS | ptrace.Option.TRACECLONE
+
+
+class WholePause(Protocol):
+    """A pause that is made without us (``quickpause``)."""
+
+    @property
+    def began_ns(self) -> int:
+        """When it began, in ns of CLOCK_MONOTONIC."""
+
+    @property
+    def ended_ns(self) -> int:
+        """When it had let go of the last thread."""
+
+    @property
+    def left(self) -> Sequence[int]:
+        """The threads that it could not let go."""
+
+    def make(self, tids: Sequence[int]) -> Step | None:
+        """Make it, for these threads; return where it was left, None if it was not begun."""
 
 
 def seize(pid: int) -> SeizedProcess:
@@ -107,8 +128,11 @@ class SeizedProcess:
         """The stopped threads, by rising id; empty unless stopped."""
         return self._threads
 
-    def stop(self, timeout: float = DEFAULT_TIMEOUT) -> None:
+    def stop(self, timeout: float = DEFAULT_TIMEOUT, quick: WholePause | None = None) -> bool:
         """Stop every thread. On any error all of them are let go again before it is raised.
+
+        With ``quick``, that pause is made where nothing is unusual: returns whether it was, and then all threads have
+        been let go.
 
         Raises Busy (a thread did not stop within ``timeout`` seconds), LivegraftError (the process
         executed another program), BadInput (it exited).
@@ -120,7 +144,13 @@ class SeizedProcess:
         self._quiet.__enter__()
         try:
             self.realtime = self._quiet.realtime
-            self.began_ns = self._began = time.monotonic_ns()
+            step = self._make(quick) if quick is not None else None
+            if quick is not None and step is Step.DONE:
+                self._end(quick)
+                return True
+            self.began_ns = self._began = quick.began_ns if quick is not None and step else time.monotonic_ns()
+            if step is None or step is Step.INTERRUPT:
+                _interrupt(self._running)
             self._stop_all(time.monotonic() + timeout, timeout)
             self._threads = self._read_threads(buffer)
             if not self._threads:
@@ -128,9 +158,22 @@ class SeizedProcess:
         except BaseException:
             self.resume_and_detach()
             raise
+        return False
+
+    def _make(self, quick: WholePause) -> Step | None:
+        # A thread that does not stop would be waited for without end where no signal comes.
+        with tracees.waits_end() as end:
+            return quick.make(self.tids) if end else None
+
+    def _end(self, quick: WholePause) -> None:
+        """What ``resume_and_detach`` does, for threads that have been let go."""
+        self._running.clear()
+        self._stops = dict.fromkeys(quick.left, tracees.INTERRUPTED)
+        self.began_ns, self.pause_ns = quick.began_ns, quick.ended_ns - quick.began_ns
+        self.resume_and_detach()
 
     def _stop_all(self, deadline: float, timeout: float) -> None:
-        _interrupt(self._running)
+        """Wait until all threads have stopped, those that were interrupted and those that appear meanwhile."""
         while True:
             self._collect(tracees.wait_for(self._running, deadline))
             if self._running:

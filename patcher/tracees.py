@@ -14,6 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -128,6 +129,11 @@ def _look(tid: int, options: int) -> Stop | None:
     return GONE
 
 
+def waits_end() -> AbstractContextManager[bool]:
+    """Let blocking waits be interrupted again and again; false where that is not possible (``ticking``)."""
+    return ticking(_PATIENCE)
+
+
 def wait_for(tids: Iterable[int], deadline: float) -> dict[int, Stop]:
     """Wait until every one of ``tids`` has stopped or is gone; ``deadline`` is a time.monotonic() value.
 
@@ -136,7 +142,7 @@ def wait_for(tids: Iterable[int], deadline: float) -> dict[int, Stop]:
     stops: dict[int, Stop] = {}
     pending = list(tids)
     patience = time.monotonic() + _PATIENCE
-    with ticking(_PATIENCE) as interruptible:
+    with waits_end() as interruptible:
         if interruptible:
             pending = _wait_in_order(pending, stops)
         while True:

@@ -24,12 +24,13 @@ from .liveness import Watched, watch
 from .lookups import all_in_place, require_believable_lookups
 from .memory import Memory
 from .modules import Module
-from .pause import OnStep, Pause, carry_out
+from .pause import Pause, carry_out
 from .placement import MARGIN
 from .plan import Plan, Situation, binding_ranges, idle_ranges, plan_apply, plan_revert, situation
 from .proc import has_exited
 from .record import FIRST_SLOT, INTERRUPTED, Contents, JournalEntry, Record, State, record_size
 from .staging import Staged, bases, make_draft, span_of, stage, sweep, sweep_stubs
+from .steps import OnStep, no_step
 from .target import Snapshot, open_target, require_intact, take_snapshot
 from .unwinders import lookup_slots
 from .vetting import module_of_record, require_believable
@@ -37,10 +38,6 @@ from .vetting import module_of_record, require_believable
 DEFAULT_TIMEOUT = 10.0
 """Seconds to wait for patched functions to be idle."""
 _ATTEMPTS = 3  # the dynamic linker binds a slot once; what changes oftener is somebody else's doing
-
-
-def _no_step(name: str) -> None:
-    del name
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +66,7 @@ def apply(
     deep_check: bool | None = None,
     deep_limit: int = DEEP_LIMIT,
     keep_live: Sequence[str] = (),
-    on_step: OnStep = _no_step,
+    on_step: OnStep = no_step,
 ) -> Outcome:
     """Put ``patch`` in force in process ``pid``, in place of any other patch of the same image.
 
@@ -134,7 +131,7 @@ def _check(pid: int, patch: PatchObject, memory: Memory, conditions: Conditions)
         assert now.applied is not None
         return _already(seen, now.applied)
     contents, plan = _rehearse(binding, now, seen, memory)
-    pause = carry_out(plan, seen, memory, conditions, _no_step, write=False)
+    pause = carry_out(plan, seen, memory, conditions, no_step, write=False)
     mapped = record_size(contents) + sum(item.size for item in contents.segments)
     return Outcome(pid, seen.name, contents, State.PREPARED, False, pause, mapped, now.active)
 
@@ -228,7 +225,7 @@ def revert(
     timeout: float = DEFAULT_TIMEOUT,
     deep_check: bool | None = None,
     deep_limit: int = DEEP_LIMIT,
-    on_step: OnStep = _no_step,
+    on_step: OnStep = no_step,
 ) -> Outcome:
     """Take a patch out of force: the one whose id begins with ``patch_id``, or the only one there is.
 

@@ -41,16 +41,24 @@ SEED = int(os.environ.get("LIVEGRAFT_SEED", time.time_ns() % 1_000_000))
 SAMPLE = int(os.environ.get("LIVEGRAFT_SAMPLE", "3"))
 """Writes of each kind of work in an ordinary run, and one operation more."""
 FEWEST_WRITES = 10
+MOST_IN_C = 600
+"""Operations of the library in one kind of work, about: each of a hundred threads has five in a pause."""
 ROUNDS = int(os.environ.get("LIVEGRAFT_ROUNDS", "2000"))
 ROUNDS_PER_TARGET = 20
 
 
 @dataclass(frozen=True)
 class Point:
-    """An operation: the ``number``-th of its name, or of all where no name is given; counted from 0."""
+    """An operation: the ``number``-th of its name, or of all where no name is given; counted from 0.
+
+    ``IN_C`` names those that the library makes where nobody observes the seam.
+    """
 
     number: int
     name: str = ""
+
+
+IN_C = "C"
 
 
 @dataclass(frozen=True)
@@ -127,8 +135,12 @@ def killed_before(point: Point, work: Callable[[], object]) -> Death | None:
     if child == 0:
         status = 99
         try:
-            with seam.observe(Killer(point, writing)):
+            if point.name == IN_C:
+                die_in_c(point.number, writing)
                 work()
+            else:
+                with seam.observe(Killer(point, writing)):
+                    work()
             status = 0
         except BaseException:  # noqa: BLE001  # it must never return into the tests
             traceback.print_exc()
@@ -143,6 +155,13 @@ def killed_before(point: Point, work: Callable[[], object]) -> Death | None:
         return Death(name, frozenset(map(int, tids)))
     assert os.WEXITSTATUS(status) == 0, "the work failed instead of being killed"
     return None
+
+
+def die_in_c(number: int, told: int) -> None:
+    library = batch.active()
+    assert library is not None
+    os.write(told, IN_C.encode())
+    library.disturb(number + 1, 0)
 
 
 def truth(program: Vigilant, built: Versions, work: Work) -> str:
@@ -184,18 +203,23 @@ def carry_on(program: Vigilant, built: Versions, chosen: random.Random) -> None:
     assert altered_code(pid) == []
 
 
-def strike(work: Work, point: Point, built: Versions, folder: Path, chosen: random.Random) -> tuple[str, str] | None:
+def strike(
+    work: Work, point: Point, built: Versions, folder: Path, chosen: random.Random, part: int | None = None
+) -> tuple[str, str] | None:
     """Kill at one point; return the operation's name and what was left, None where the work ended before."""
-    with Vigilant(built.programs[1], folder) as program:
+    with Vigilant(built.programs[1], folder, part) as program:
         work.prepare(program, built)
         death = killed_before(point, lambda: work.do(program.pid, built))
         if death is None:
             assert version_of(program, built) == work.versions[1]
             return None
-        unharmed(program, death.interrupted)
+        # Which of its threads C had interrupted by then is not known.
+        everyone = {tally.tid for tally in program.torture.tallies}
+        interrupted = everyone if death.name == IN_C else death.interrupted
+        unharmed(program, interrupted)
         left = truth(program, built, work)
         carry_on(program, built, chosen)
-        unharmed(program, death.interrupted)
+        unharmed(program, interrupted)
         return death.name, left
 
 
@@ -229,6 +253,10 @@ def test_killed_before_a_write_or_elsewhere(work: Work, built: Versions, tmp_pat
         found = strike(work, Point(number, "WRITE"), built, tmp_path, chosen)
         assert found is not None, f"write {number} was not reached"
         left[found] += 1
+    if batch.active() is not None:
+        number = chosen.randrange(MOST_IN_C)
+        found = strike(work, Point(number, IN_C), built, tmp_path, chosen)
+        left[found or (IN_C, "not killed")] += 1
     count = counted(work, built, tmp_path)
     found = strike(work, Point(chosen.randrange(count)), built, tmp_path, chosen)
     left[found or ("", "not killed")] += 1
@@ -236,12 +264,15 @@ def test_killed_before_a_write_or_elsewhere(work: Work, built: Versions, tmp_pat
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize("name", ["", IN_C], ids=["Python", "C"])
 @pytest.mark.parametrize("work", WORK, ids=lambda work: work.name)
-def test_killed_before_every_operation(work: Work, built: Versions, tmp_path: Path) -> None:
+def test_killed_before_every_operation(work: Work, name: str, built: Versions, tmp_path: Path) -> None:
+    if name == IN_C and batch.active() is None:
+        pytest.skip(f"the pause is made in {batch.description()}")
     chosen = random.Random(f"{SEED} {work.name}")
     left: Counter[tuple[str, str]] = Counter()
-    for point in every():
-        found = strike(work, point, built, tmp_path, chosen)
+    for point in every(name):
+        found = strike(work, point, built, tmp_path, chosen, point.number % 8)
         if found is None:
             break
         left[found] += 1

@@ -30,11 +30,14 @@ def vigilant_versions(folder: Path, *flags: str) -> Versions:
 
 
 class Vigilant(Answering):
-    """The program, running; its report is in a file in ``folder``."""
+    """The program, running; its report is in a file in ``folder``.
 
-    def __init__(self, program: Path, folder: Path) -> None:
+    ``part``, 0 to 7: with an eighth of the threads, others for each.
+    """
+
+    def __init__(self, program: Path, folder: Path, part: int | None = None) -> None:
         path = folder / f"report-{time.monotonic_ns()}"
-        super().__init__(program, arguments=(path,))
+        super().__init__(program, arguments=(path, *(() if part is None else (str(part),))))
         with path.open("r+b") as file:
             self._report = mmap.mmap(file.fileno(), 0)
         self.torture = Torture(self._process, self._report)
