@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 ARGS ?=
+WORKERS ?= 2
 ROUNDS ?= 2000
 SEED ?= 1
 
@@ -19,9 +20,9 @@ demo: $(VENV)/.runtime ## patch a running server under load, and take the patch 
 	@bash .ci/tools compiler
 	@$(RUN) -m fixtures.demo
 
-test: $(VENV)/.development ## run all tests (ARGS='tests/unit -k name' for some)
+test: $(VENV)/.development ## run all tests, two at a time (ARGS='tests/unit -k name' for some, WORKERS=0 for one by one)
 	@bash .ci/tools all
-	@$(RUN) -m pytest $(ARGS)
+	@$(RUN) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-real: $(VENV)/.development ## the long tests: tor, frr and memcached built twice from source, minutes each
 	@bash .ci/tools real

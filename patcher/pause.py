@@ -149,8 +149,13 @@ def _one_stop(
 ) -> Pause:
     with seize(memory.pid) as process:
         seized = len(process.tids)
-        if process.stop(quick=quick):
-            return _pause(process, seized)
+        try:
+            if process.stop(quick=quick):
+                return _pause(process, seized)
+        except LivegraftError as error:
+            if quick is None or not quick.wrote or has_exited(memory.pid):
+                raise
+            raise _in_part(memory.pid, f"a write failed, and then it could not be held ({error})") from error
         threads = process.threads
         result = Quiescence((), len(threads), 0, 0)
         if quick is None or not quick.wrote:  # else all of it held
@@ -242,11 +247,16 @@ def _roll_back(pages: Sequence[PageWrite], states: Sequence[StateWrite], memory:
     except LivegraftError as failure:
         if has_exited(memory.pid):
             raise no_such_process(memory.pid) from error
-        raise TargetDamaged(
-            f"process {memory.pid} is patched in part",
-            why=f"a write failed ({error}), and so did putting back what was there ({failure.what}: {failure.why})",
-            next_step=f"livegraft revert --pid {memory.pid}, or restart the program",
-        ) from error
+        why = f"a write failed ({error}), and so did putting back what was there ({failure.what}: {failure.why})"
+        raise _in_part(memory.pid, why) from error
+
+
+def _in_part(pid: int, why: str) -> TargetDamaged:
+    return TargetDamaged(
+        f"process {pid} is patched in part",
+        why=why,
+        next_step=f"livegraft revert --pid {pid}, or restart the program",
+    )
 
 
 def patch_tables(records: Iterable[Record]) -> tuple[UnwindTable, ...]:

@@ -278,9 +278,15 @@ EXTENT = pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytes
 
 
 def sample(cases: Sequence[T], count: int, whole: bool) -> list[T]:
-    """Some of the cases, others each day, or all. The seed is printed; LIVEGRAFT_SEED sets it."""
+    """Some of the cases, others each day, or all. The seed is printed; LIVEGRAFT_SEED sets it.
+
+    Of all, LIVEGRAFT_EVERY=n takes every n-th, from one on that changes.
+    """
     if whole:
-        return list(cases)
+        every = int(os.environ.get("LIVEGRAFT_EVERY", "1"))
+        first = random.randrange(every)
+        print(f"every {every}. of {len(cases)} cases, from {first} on")
+        return list(cases[first::every])
     seed = int(os.environ.get("LIVEGRAFT_SEED", str(int(time.time()) // 86400)))
     print(f"LIVEGRAFT_SEED={seed}: {min(count, len(cases))} of {len(cases)} cases")
     return random.Random(seed).sample(list(cases), min(count, len(cases)))

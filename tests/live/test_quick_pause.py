@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -10,13 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from elfdiff.errors import Busy
+from elfdiff.errors import Busy, LivegraftError, TargetDamaged
 from patcher import batch, quickpause
 from patcher.batch import Step
+from patcher.inspection import inspect_process
 from patcher.memory import Memory
 from patcher.proc import thread_ids
 from patcher.quickpause import QuickPause
 from patcher.quiescence import StackCheck
+from patcher.record import State
+from patcher.registers_x86_64 import Registers
+from patcher.stopped import StoppedThreads
+from patcher.stopping import SeizedProcess
 from patcher.transaction import apply, check, revert
 from tests.live.answering import SPREAD, Answering, Versions, versions
 from tests.live.faults import EXTENT, assert_at_liberty, sample
@@ -153,3 +159,34 @@ def test_an_operation_fails_and_python_goes_on(
     print(f"{errno.errorcode[error]}: {dict(ended)}")
     if whole:  # but for CODE, which asks twice, and what another number of mappings has moved
         assert len(ended) >= len(Step) - 3
+
+
+def test_a_failed_write_in_a_process_that_cannot_be_held_is_damage(
+    built: Versions, running: Answering, observed: Observed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Something has been written then, and nobody stands still for it to be taken back: the next command does."""
+    for _ in range(2):
+        apply(running.pid, built.to[2], timeout=PATIENCE)
+        operations = observed.operations
+        revert(running.pid, timeout=PATIENCE)
+    made = SeizedProcess._read_threads
+
+    def fail(self: SeizedProcess, buffer: ctypes.Array[Registers]) -> StoppedThreads:
+        if observed.steps[-1] is Step.WRITE:
+            raise LivegraftError("no registers", why="a test says so")
+        return made(self, buffer)
+
+    # One of the last writes, which are followed by one detach for each thread.
+    observed.disturb, observed.error = operations - len(thread_ids(running.pid)) - 3, errno.EIO
+    with monkeypatch.context() as patched, pytest.raises(TargetDamaged, match="patched in part"):
+        patched.setattr(SeizedProcess, "_read_threads", fail)
+        apply(running.pid, built.to[2], timeout=PATIENCE)
+    assert observed.steps[-1] is Step.WRITE
+    assert_at_liberty(running.pid)
+    (found,) = (item for item in inspect_process(running.pid).patches if item.record.interrupted)
+    assert found.record.state is State.APPLYING
+    revert(running.pid, timeout=PATIENCE)
+    running.answers(1)
+    apply(running.pid, built.to[2], timeout=PATIENCE)
+    running.answers(2)
+    running.never_mixed()
