@@ -107,6 +107,7 @@ def watch(
                 break
             check.refresh()
             time.sleep(pause)
+    memory.require_same_program()  # else what was seen is of another program
     return _watched(tally, seen, contents, live, time.monotonic() - began)
 
 

@@ -17,7 +17,7 @@ from types import TracebackType
 from elfdiff.errors import LivegraftError, NotPermitted
 
 from . import seam
-from .proc import by_living_thread, living_thread, no_such_process
+from .proc import by_living_thread, executed_another_program, has_exited, living_thread, no_such_process
 
 Poke = Callable[[int, int], None]
 """Write one 8-byte word (unsigned, little-endian) at an aligned address: PTRACE_POKETEXT, ptrace(2)."""
@@ -76,6 +76,24 @@ class Memory:
         self._require_open()
         return self._descriptor
 
+    @property
+    def ended(self) -> bool:
+        """Whether this address space has certainly ended: the process has exited or executed another program.
+
+        From then on it reads as nothing at every address (mem_rw, fs/proc/base.c, where mmget_not_zero fails); before,
+        what is not mapped is an error. It outlives an execve while another process has it as well (vfork(2)).
+        """
+        self._require_open()
+        try:
+            return not self._pread(1, 0)
+        except OSError:
+            return False
+
+    def require_same_program(self) -> None:
+        """Raise LivegraftError where the process has executed another program, BadInput where it has exited."""
+        if self.ended:
+            raise no_such_process(self.pid) if has_exited(self.pid) else executed_another_program(self.pid)
+
     def read(self, address: int, size: int) -> bytes:
         """Return exactly ``size`` bytes from ``address``.
 
@@ -92,16 +110,19 @@ class Memory:
     def _read_some(self, address: int, size: int) -> bytes:
         self._require_open()
         _require_address(address, size)
-        failure = seam.announce("READ", self.pid)
-        if failure:
-            raise _unreadable(self.pid, address, size, os.strerror(failure))
         try:
-            part = os.pread(self._descriptor, size, address)
+            part = self._pread(size, address)
         except OSError as error:
             raise _unreadable(self.pid, address, size, error.strerror or str(error)) from error
         if not part:
             raise _unreadable(self.pid, address, size, "the process has exited or executed another program")
         return part
+
+    def _pread(self, size: int, address: int) -> bytes:
+        failure = seam.announce("READ", self.pid)
+        if failure:
+            raise OSError(failure, os.strerror(failure))
+        return os.pread(self._descriptor, size, address)
 
     def write(self, address: int, data: bytes) -> None:
         """Write ``data`` at ``address``, protections notwithstanding (ptrace's right, FOLL_FORCE).

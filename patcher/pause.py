@@ -63,7 +63,8 @@ def carry_out(
 
     Without ``write`` everything is done but the writing.
     Raises Busy where a function stayed live, or a thread did not stop; Changed where the process is no longer as the
-    plan knows it; LivegraftError where a write failed and all was put back; TargetDamaged where that failed too.
+    plan knows it; LivegraftError where it has executed another program, or a write failed and all was put back;
+    TargetDamaged where that failed too.
     """
     tries = 0
     expected = _expected(plan)
@@ -89,6 +90,8 @@ def carry_out(
             except Busy as error:
                 busy = error
             else:
+                if not write:
+                    memory.require_same_program()  # else what was found is about another program
                 return replace(done, tries=tries, waits=waiting.waits)
             waiting.done()
             heed()

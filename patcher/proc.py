@@ -146,6 +146,15 @@ def no_such_process(pid: int) -> BadInput:
     )
 
 
+def executed_another_program(pid: int) -> LivegraftError:
+    """Return the error that says that a process is no longer the program that was looked at."""
+    return LivegraftError(
+        f"process {pid} has executed another program",
+        why="an execve(2) came after it was looked at",
+        next_step="look at the process again; the patch is for the program that it was",
+    )
+
+
 def parse_mapping(line: str) -> Mapping:
     """Return the mapping that one line of ``/proc/PID/maps`` describes (proc(5), without its newline).
 

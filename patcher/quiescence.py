@@ -200,13 +200,17 @@ class StackCheck:
         os.close(self._statm)
 
     def refresh(self) -> None:
-        """Look at the code that is mapped now. Raises ``LivegraftError`` where the process goes away."""
+        """Look at the code that is mapped now.
+
+        Raises ``LivegraftError`` where the process goes away or has executed another program.
+        """
         before = self._unwinder
         self._look_at_code()
         if self._unwinder is not before:
             self._unwinder.foresee(words_on_stacks(self._memory), MAX_FORESEEN)
 
     def _look_at_code(self) -> None:
+        self._memory.require_same_program()
         # Its size first: what is mapped after that is noticed by the next check.
         library = batch.active()
         self._mapped = library.mapped(self._statm) if library else (0, 0)
@@ -244,8 +248,9 @@ class StackCheck:
     def check(self, threads: Sequence[StoppedThread]) -> Quiescence:
         """Whether a forbidden function is live. ``threads`` are all threads of the process, all stopped.
 
-        Raises ``LivegraftError`` where the process goes away or its memory may not be read; what cannot be
-        decided about a thread is no error but counts as live.
+        Raises ``LivegraftError`` where the process goes away, has executed another program (then its stacks are where
+        nothing was known of), or its memory may not be read; what cannot be decided about a thread is no error but
+        counts as live.
         """
         if code_size(self._memory.pid) != self._code_size:
             self._look_at_code()
@@ -256,6 +261,7 @@ class StackCheck:
             scanned += self._scan(examined)
         suspects = [item for item in examined if self._is_suspect(item)]
         if suspects:
+            self._memory.require_same_program()
             # Code may have been replaced by as much other code; only now is it worth looking.
             self._renew_unwinder()
         live = [frame for item in suspects for frame in self._judge(item)]

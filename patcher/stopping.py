@@ -25,7 +25,7 @@ from elfdiff.errors import BadInput, LivegraftError
 from . import batch, obstacles, ptrace, tracees
 from .batch import Step
 from .interruption import deferred, heed
-from .proc import thread_count, thread_ids
+from .proc import executed_another_program, thread_count, thread_ids
 from .quiet import Undisturbed
 from .registers_x86_64 import PLAIN_EINTR_RESULT, RAX, Registers
 from .stopped import StoppedThread, StoppedThreads
@@ -231,11 +231,7 @@ class SeizedProcess:
 
     def _require_same_program(self) -> None:
         if any(stop.event == tracees.EVENT_EXEC for stop in self._stops.values()):
-            raise LivegraftError(
-                f"process {self.pid} has executed another program",
-                why="an execve(2) came between looking at it and stopping it",
-                next_step="look at the process again; the patch is for the program that it was",
-            )
+            raise executed_another_program(self.pid)
 
     def _did_not_stop(self, timeout: float) -> LivegraftError:
         details = tuple(waiting_place(self.pid, tid) for tid in sorted(self._running))

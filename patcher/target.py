@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from elfdiff.errors import BadInput, LivegraftError, TargetDamaged
+from elfdiff.errors import BadInput, Interrupted, LivegraftError, TargetDamaged
 
 from .exclusive import exclusive
 from .fitness import require_fit, require_permitted
@@ -17,7 +17,7 @@ from .gates import Gates, find_gates
 from .interruption import deferred, heed
 from .memory import Memory
 from .modules import Module, modules
-from .proc import Mapping, has_exited, mapping_over, mappings, status
+from .proc import Mapping, executed_another_program, has_exited, mapping_over, mappings, status
 from .record import DamagedRecord, Record, find_records, permissions, segment_digest
 from .tracees import reap, require_traceable
 
@@ -51,7 +51,8 @@ def open_target(pid: int) -> Iterator[Memory]:
 
     Signals to this process are ``deferred`` meanwhile. Raises Interrupted (one was noted before),
     BadInput (no such process, a zombie, a kernel thread, this process), NotPermitted (not ours to trace, traced
-    already), Busy (another livegraft is at work on it).
+    already), Busy (another livegraft is at work on it). Whatever is raised inside becomes BadInput where the process
+    has exited, and LivegraftError where it has executed another program.
     """
     with deferred():
         heed()
@@ -60,7 +61,12 @@ def open_target(pid: int) -> Iterator[Memory]:
         require_fit(found)
         try:
             with exclusive(pid, _LOCK), Memory(pid) as memory:
-                yield memory
+                try:
+                    yield memory
+                except (LivegraftError, OSError) as error:
+                    if not isinstance(error, Interrupted) and memory.ended and not has_exited(pid):
+                        raise executed_another_program(pid) from error
+                    raise
         except (LivegraftError, OSError) as error:
             # Whatever could not be done with it: this is why.
             if not isinstance(error, BadInput) and has_exited(pid):

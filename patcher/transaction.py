@@ -191,7 +191,7 @@ def _stage_and_commit(
         return staged, carry_out(gated.plan, seen, memory, conditions, on_step)
     except BaseException as error:
         # Whatever has come in between, an interrupt too: what is mapped and not in force goes.
-        if has_exited(seen.pid):
+        if has_exited(seen.pid) or memory.ended:
             raise
         try:
             sweep(take_snapshot(seen.pid, memory), memory)
