@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from elfdiff.patchobject import PatchObject
+from fixtures.hearing import PATIENCE, next_line
 from patcher.memory import Memory
 from patcher.proc import mappings
 from tests.patchmaker import compile_version, make_patch
@@ -45,7 +46,7 @@ class Answering:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         os.kill(self.pid, signal.SIGKILL)
-        self._process.communicate()
+        self._process.communicate(timeout=PATIENCE)
 
     @property
     def stdin(self) -> int:
@@ -53,12 +54,9 @@ class Answering:
         assert self._process.stdin is not None
         return self._process.stdin.fileno()
 
-    def line(self) -> str:
-        """The next line that it says."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, f"the program has died: {self._process.wait()}"
-        return line.strip()
+    def line(self, patience: float = PATIENCE) -> str:
+        """The next line that it says. Fails, and says what its threads do, after ``patience`` seconds."""
+        return next_line(self._process, self.pid, patience).strip()
 
     def ask(self, question: str = "ask") -> str:
         assert self._process.stdin is not None

@@ -25,6 +25,7 @@ import pytest
 from elfdiff.errors import BadInput
 from elfdiff.patchfile import write_patch
 from elfdiff.secondopinion import confirm_with_lief
+from fixtures.hearing import PATIENCE
 from fixtures.intact import altered_code
 from patcher import cli, seam, transaction
 from patcher.descriptors import leaked_memory_files
@@ -32,8 +33,6 @@ from patcher.inspection import inspect_process
 from patcher.proc import status, thread_ids
 from patcher.record import State
 from tests.live.answering import Answering, Versions
-
-PATIENCE = 120.0  # seconds until a patcher counts as stuck; an ordinary one takes a tenth of one
 
 BUSY = 5  # exit status
 _SWEEPS, _TRIES = 5, 5

@@ -18,6 +18,7 @@ from types import TracebackType
 from elfdiff.diff import Options, diff
 from elfdiff.patchfile import read_patch, write_patch
 from elfdiff.patchobject import PatchObject, Severity
+from fixtures.hearing import next_line
 from fixtures.intact import altered_code, writable_and_executable
 from patcher.transaction import apply, revert
 from tests.compile import Compiler
@@ -88,10 +89,7 @@ class Running:
         return self._process.pid
 
     def _line(self) -> str:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, f"the program has died: {self._process.wait()}"
-        return line.strip()
+        return next_line(self._process).strip()
 
     def put(self, number: int) -> None:
         """Put a question without waiting for the answer."""

@@ -19,6 +19,7 @@ import pytest
 from elfdiff.errors import Busy, LivegraftError, Refused
 from elfdiff.patchfile import write_patch
 from elfdiff.patchobject import PatchObject
+from fixtures.hearing import next_line
 from fixtures.intact import altered_code
 from fixtures.stacks import functions_of
 from patcher import seam
@@ -61,10 +62,7 @@ class Parking:
         self._process.communicate()
 
     def _line(self) -> str:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, f"the program has died: {self._process.wait()}"
-        return line.strip()
+        return next_line(self._process).strip()
 
     def tell(self, command: str) -> str:
         """Its answer to a command."""

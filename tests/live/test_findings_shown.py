@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fixtures.hearing import next_line
 from tests.compile import Compiler
 from tests.conftest import Livegraft
 from tests.verdict import PRELUDE
@@ -51,8 +52,7 @@ def running(builds: tuple[Path, Path]) -> Iterator[subprocess.Popen[str]]:
 
 
 def said(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    return process.stdout.readline().strip()
+    return next_line(process).strip()
 
 
 def asked(process: subprocess.Popen[str], number: int) -> list[str]:

@@ -12,6 +12,7 @@ from types import TracebackType
 
 import pytest
 
+from fixtures.hearing import next_line
 from tests.compile import Compiler
 from trampolines.lookup_x86_64 import Answer, Lookup, find_object, iterate
 
@@ -142,10 +143,7 @@ class Host:
         self._process.communicate()
 
     def _line(self) -> str:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, f"the host has died: {self._process.wait()}"
-        return line.strip()
+        return next_line(self._process).strip()
 
     def _ask(self, line: str) -> str:
         assert self._process.stdin is not None

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from elfdiff.errors import BadInput, LivegraftError, Refused
+from fixtures.hearing import next_line
 from patcher.memory import Memory
 from patcher.modules import Module, build_id_in_notes, find_module, modules
 from patcher.proc import mapping_over, mappings, stack_limit, start_brk, status, thread_ids
@@ -50,8 +51,7 @@ def running(program: Path, *names: str, **environment: str) -> Iterator[tuple[in
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}
     ) as process:
-        assert process.stdout is not None
-        lines = [process.stdout.readline().split() for _ in range(len(names) + 1)]
+        lines = [next_line(process).split() for _ in range(len(names) + 1)]
         found = [int(line[0], 16) if line[0] != "(nil)" else 0 for line in lines[:-1]]
         yield process.pid, found, int(lines[-1][0], 16), int(lines[-1][1], 16)
         process.communicate()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fixtures.hearing import next_line
 from fixtures.stacks import Stacks, compile_program, run_stacks
 from patcher.forbidden import ForbiddenRange
 from patcher.memory import Memory
@@ -291,7 +292,7 @@ def test_a_stack_pointer_that_leads_nowhere(odd: Path) -> None:
 def test_a_return_address_of_zero_clears_only_what_is_below(odd: Path) -> None:
     """Wrong unwind information finds a zero easily, so the walk may have ended too early."""
     with run_stacks(odd, "zero") as running, Memory(running.pid) as memory:
-        assert running.process.stdout is not None and running.process.stdout.readline() == "waits\n"
+        assert next_line(running.process) == "waits"
         base = check(running, memory, function_range(running, "zero_base"))
         within = check(running, memory, function_range(running, "also_never_called"))
         beyond = check(running, memory, function_range(running, "never_called"))
@@ -307,10 +308,10 @@ def test_a_restorer_that_was_made_after_the_preparation(odd: Path) -> None:
         Memory(running.pid) as memory,
         StackCheck(memory, [function_range(running, "late")]) as stack_check,
     ):
-        assert running.process.stdin is not None and running.process.stdout is not None
+        assert running.process.stdin is not None
         running.process.stdin.write("x")
         running.process.stdin.flush()
-        assert running.process.stdout.readline() == "waits\n"
+        assert next_line(running.process) == "waits"
         with seize(running.pid) as process:
             process.stop()
             found = stack_check.check(process.threads)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from elfdiff.errors import BadInput, Busy, LivegraftError
+from fixtures.hearing import next_line
 from fixtures.killing import any_thread, kill_patchers
 from fixtures.tracees import (
     Torture,
@@ -297,10 +298,9 @@ def test_an_execve_meanwhile_is_an_error_and_harmless(build: Build) -> None:
     with running([build("states"), "exec"]) as target:
         with Memory(target.pid) as memory, RemoteCaller(target.pid, memory) as caller:
             assert target.stdin is not None
-            assert target.stdout is not None
             target.stdin.write("x")
             target.stdin.flush()
-            assert target.stdout.readline() == "ready\n"
+            assert next_line(target) == "ready"
             with pytest.raises(LivegraftError, match="could not be"):
                 caller.call(GETPID)
         assert getpid(target.pid) == target.pid

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from elfdiff.errors import Busy
+from fixtures.hearing import next_line
 from patcher.transaction import apply
 from tests.live.reporting import Pair, Reporting, pair, reporting
 
@@ -36,10 +37,9 @@ def weather(program: Reporting, transactions: int) -> None:
     program.torture.wait_for_progress(100)  # what is late is not missing
     process = program.torture.process
     assert process.stdin is not None
-    assert process.stdout is not None
     process.stdin.write("x")
     process.stdin.flush()
-    sent = int(process.stdout.readline().removeprefix("sent "))
+    sent = int(next_line(process).removeprefix("sent "))
     assert program.tally("numbered").rounds == sent > 0
     assert program.torture.complaints == []
     assert all(tally.rounds for tally in program.torture.tallies)
@@ -67,10 +67,9 @@ def told(program: Reporting, expected: str) -> None:
     """Give the program a byte; it answers with a line."""
     process = program.torture.process
     assert process.stdin is not None
-    assert process.stdout is not None
     process.stdin.write("x")
     process.stdin.flush()
-    assert process.stdout.readline().strip() == expected
+    assert next_line(process).strip() == expected
 
 
 def test_threads_inside_of_handlers_on_whatever_stack(handlers: Pair, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from elfdiff.errors import BadInput, Busy, LivegraftError, NotPermitted
+from fixtures.hearing import next_line
 from fixtures.tracees import (
     Torture,
     compile_program,
@@ -234,8 +235,7 @@ def test_an_execve_before_the_stop_is_noticed(build: Build) -> None:
             wait_until(lambda: state_of(other) == "Z", "execve")
             with pytest.raises(LivegraftError, match="executed another program"):
                 process.stop()
-        assert target.stdout is not None
-        assert target.stdout.readline() == "ready\n"  # the new program runs on
+        assert next_line(target) == "ready"  # the new program runs on
         assert status(target.pid).tracer_pid == 0
 
 
@@ -251,11 +251,10 @@ def test_a_thread_that_cannot_stop_makes_us_busy_and_delays_nobody(build: Build)
         assert status(other).tracer_pid == 0
         assert tracees.release_abandoned() == 1
         assert target.stdin is not None
-        assert target.stdout is not None
         target.stdin.write("x")
         target.stdin.flush()
         wait_until(lambda: tracees.release_abandoned() == 0, "the parent to come back")
-        assert target.stdout.readline() == "over\n"
+        assert next_line(target) == "over"
 
 
 @pytest.mark.usefixtures("either")

@@ -14,6 +14,7 @@ from elfdiff.diff import Options, diff
 from elfdiff.errors import Busy, LivegraftError, NothingToPatch, Refused
 from elfdiff.patchfile import read_patch, write_patch
 from elfdiff.patchobject import PatchObject, Severity
+from fixtures.hearing import next_line
 from fixtures.intact import altered_code
 from patcher.transaction import DEFAULT_TIMEOUT, apply, revert
 from tests.compile import Compiler
@@ -48,10 +49,7 @@ class Running:
         self._process.communicate()
 
     def _line(self) -> str:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, f"the program has died: {self._process.wait()}"
-        return line.rstrip("\n")
+        return next_line(self._process)
 
     def say(self, words: str) -> str:
         """Send a line; the next line of the program."""
