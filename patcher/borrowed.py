@@ -11,6 +11,7 @@ import errno
 import struct
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -222,6 +223,8 @@ def borrow(pid: int, memory: Memory, deadline: float, candidates: Candidates) ->
     Raises Busy (no thread was fit until then), BadInput (the process has exited), NotPermitted (none may be used).
     """
     while True:
+        # An execve waits until those that it has killed are reaped.
+        tracees.release_abandoned()
         refusals: list[NotPermitted] = []
         tids = candidates(pid)
         for tid in tids:
@@ -291,7 +294,9 @@ def borrow_thread(pid: int, tid: int, memory: Memory) -> Borrowed | None:
         seccomp = status(tid).seccomp
     except BadInput:
         return None
-    if not tracees.try_seize(pid, tid, Option.TRACESYSGOOD):
+    with tracees.reaping() if tracees.any_abandoned() else nullcontext():
+        seized = tracees.try_seize(pid, tid, Option.TRACESYSGOOD)
+    if not seized:
         return None
     try:
         ptrace.interrupt(tid)

@@ -16,7 +16,7 @@ import ctypes
 import os
 import time
 from collections.abc import Collection, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from types import TracebackType
 from typing import Protocol
 
@@ -245,17 +245,17 @@ class SeizedProcess:
         Returns whether that list had all threads in it: one that exits while the list is made may take the place of
         another in it (next_tid and first_tid, fs/proc/base.c), so its length has to be their number.
         """
-        new = True
-        while new:
-            new = False
+        while True:
             listed = thread_ids(self.pid)
             complete = len(listed) == thread_count(self.pid)
-            for tid in listed:
-                if tid in self._running or tid in self._stops or tid in self._dead:
-                    continue
-                new = True
-                alive = tracees.try_seize(self.pid, tid, options)
-                (self._running if alive else self._dead).add(tid)
+            unknown = [tid for tid in listed if not (tid in self._running or tid in self._stops or tid in self._dead)]
+            if not unknown:
+                break
+            several = len(unknown) + len(self._running) + len(self._stops) > 1
+            with tracees.reaping(lambda: (*self._running, *self._stops)) if several else nullcontext():
+                for tid in unknown:
+                    alive = tracees.try_seize(self.pid, tid, options)
+                    (self._running if alive else self._dead).add(tid)
         return complete
 
     def _read_threads(self, buffer: ctypes.Array[Registers]) -> StoppedThreads:

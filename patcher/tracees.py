@@ -13,8 +13,8 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -223,6 +223,11 @@ def abandon(tid: int) -> None:
     _abandoned.add(tid)
 
 
+def any_abandoned() -> bool:
+    """Whether there are threads that were given up, and not let go yet."""
+    return bool(_abandoned)
+
+
 def release_abandoned() -> int:
     """Detach every abandoned thread that has stopped meanwhile; return how many are left.
 
@@ -254,6 +259,40 @@ def reap() -> None:
     end = time.monotonic() + _LEAVING
     while release_abandoned() and any(map(is_leaving, _abandoned)) and time.monotonic() < end:
         time.sleep(_REST)
+
+
+@contextmanager
+def reaping(held: Callable[[], Collection[int]] = tuple) -> Iterator[None]:
+    """Reap those of the ``held`` and of the abandoned threads that die while the body seizes others of their process.
+
+    PTRACE_SEIZE waits for an execve(2) of the process (cred_guard_mutex; ptrace_attach, kernel/ptrace.c), and that
+    waits until each thread that it has killed is reaped by its tracer (de_thread, fs/exec.c): by us. Nothing ends that
+    wait: after a signal the kernel makes the call again (ERESTARTNOINTR). But any thread of this process may reap, so
+    another does. ``held`` is called in it. Raises LivegraftError where no thread can be started.
+    """
+    over = threading.Event()
+
+    def reap_until_over() -> None:
+        while not over.wait(_PATIENCE):
+            for tid in (*held(), *_abandoned):
+                _reap(tid)
+
+    helper = threading.Thread(target=reap_until_over, daemon=True)
+    try:
+        helper.start()
+    except RuntimeError as error:
+        raise LivegraftError("livegraft could not start a thread of its own", why=str(error)) from error
+    try:
+        yield
+    finally:
+        over.set()
+        helper.join()
+
+
+def _reap(tid: int) -> None:
+    """Take notice of the death of a tracee if it is dead; ``poll`` then says that it is gone."""
+    with suppress(ChildProcessError):
+        os.waitid(os.P_PID, tid, os.WEXITED | os.WNOHANG | _WALL)
 
 
 def repair(tid: int, registers: Registers, stop: Stop) -> None:

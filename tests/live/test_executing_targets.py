@@ -6,18 +6,20 @@ mapping, and so looks live; to try again and again until the time is over would 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from elfdiff.errors import BadInput, LivegraftError
+from fixtures.tracees import state_of, wait_until
 from patcher import liveness, pause
 from patcher.memory import Memory
 from patcher.stopping import SeizedProcess, seize
 from patcher.transaction import apply, check, revert, watch_apply, watch_revert
 from tests.live.answering import Answering, Versions, versions
-from tests.live.faults import assert_at_liberty
+from tests.live.faults import COMMANDS, Patcher, Scene, assert_at_liberty
 
 pytestmark = pytest.mark.root
 
@@ -98,3 +100,46 @@ def test_a_process_that_has_exited_has_executed_nothing(built: Versions) -> None
         memory = Memory(program.pid)
     with memory, pytest.raises(BadInput):
         memory.require_same_program()
+
+
+@pytest.fixture(scope="module")
+def scene(built: Versions, tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    return Scene.write(built, tmp_path_factory.mktemp("patches"))
+
+
+@pytest.mark.parametrize(
+    ("command", "operation", "who"),
+    [
+        ("check", "SEIZE", "exec by a thread"),  # one of several that are seized is dead, and the next one executes
+        ("revert", "SEIZE", "exec by a thread"),
+        ("apply", "SETREGS", "exec"),  # the one that was to make a system call is dead
+        ("apply", "SETREGS", "exec by a thread"),
+    ],
+)
+def test_an_execve_that_waits_for_its_tracer_is_not_waited_for(
+    scene: Scene, command: str, operation: str, who: str
+) -> None:
+    """It waits until a thread that it has killed is reaped by livegraft, and who seizes another one waits for it."""
+    with scene.start() as program:
+        scene.succeed(program, *COMMANDS[command].prepare)
+        stdin = program.stdin
+        held: list[int] = []  # but for the main thread
+        told = False
+
+        def observer(name: str, subject: int) -> int:
+            nonlocal told
+            if name == operation and subject != program.pid and held and not told:
+                told = True
+                os.write(stdin, f"{who}\n".encode())
+                wait_until(lambda: state_of(held[0]) in ("Z", ""), "the execve to kill a thread")  # "": reaped already
+            if name == "SEIZE" and subject != program.pid:
+                held.append(subject)
+            elif name == "DETACH" and subject in held:
+                held.remove(subject)
+            return 0
+
+        said = Patcher(scene.words(COMMANDS[command].words, program.pid), observer).wait()
+        assert said.status == 1 and MESSAGE in said.error["what"], said
+        assert program.line() == "ready"
+        assert_at_liberty(program.pid)
+        scene.assert_usable(program)
