@@ -80,12 +80,17 @@ class Borrowed:
     lost: bool = False
 
     def aim(self, memory: Memory, slot: int) -> None:
-        """Write the stub with this thread's context at ``slot``. Raises LivegraftError."""
+        """Write the stub with this thread's context at ``slot``, and see that this thread has it there.
+
+        After an execve it has not, even if the address space that ``memory`` writes to lives on in a child of vfork(2).
+        Raises LivegraftError.
+        """
         resumed = restart(self.registers)
         context = {name: getattr(resumed, name) for name in (*RESTORED, "rip")}
         wanted = stub_bytes(context, self.tid)
         memory.write(slot, wanted)
-        if memory.read(slot, len(wanted)) != wanted:
+        # By way of the process, and not of the address space that was opened.
+        if memory.read_many([(slot, len(wanted))]) != [wanted]:
             raise LivegraftError(
                 f"the stub at {slot:#x} of process {memory.pid} does not read back as written",
                 why="something else writes there",

@@ -294,8 +294,11 @@ def test_a_parent_in_vfork_is_not_waited_for(build: Build) -> None:
         assert by_preference(target.pid) == [thread_ids(target.pid)[1]]
 
 
-def test_an_execve_meanwhile_is_an_error_and_harmless(build: Build) -> None:
-    with running([build("states"), "exec"]) as target:
+@pytest.mark.parametrize("program", [("states", "exec"), ("sharing",)])
+def test_an_execve_meanwhile_is_an_error_and_harmless(build: Build, program: tuple[str, ...]) -> None:
+    """Even if the address space that was opened lives on, since a child of vfork(2) is in it."""
+    name, *arguments = program
+    with running([build(name), *arguments]) as target:
         with Memory(target.pid) as memory, RemoteCaller(target.pid, memory) as caller:
             assert target.stdin is not None
             target.stdin.write("x")
