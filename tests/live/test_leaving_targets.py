@@ -114,6 +114,7 @@ def go_away_in_time(scene: Scene, command: Command, way: str, number: int) -> st
     How many there are depends on how often livegraft has to look until nobody is in the way.
     """
     while not (said := go_away(scene, command, way, number)):
+        assert number, "the command makes no operation"
         number //= 2
     return said
 

@@ -12,6 +12,7 @@ import pytest
 from elfdiff.diff import Options, diff
 from elfdiff.patchfile import write_patch
 from fixtures.daemon import Daemon, run_kv
+from fixtures.hearing import next_line
 from patcher.outdated import FileState, OutdatedProcess, survey, unit_of
 from patcher.packages import owners
 from patcher.transaction import apply, revert
@@ -100,7 +101,7 @@ def test_a_replaced_library_is_found_however_it_was_loaded(cache_folder: Path, t
     put(builds[0], library)
     user = compiled(USER)
     with subprocess.Popen([user, library], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        assert next_line(process) == "ready"
         assert states(process.pid) == {}
         put(builds[1], library)
         assert states(process.pid) == {"libanswer.so": FileState.NEW_BUILD}
@@ -117,7 +118,7 @@ def test_another_mount_namespace_has_its_own_files(kv: Kv, tmp_path: Path) -> No
     command = ["unshare", "--mount", "sh", "-c", script, "sh", there, here]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
         try:
-            assert process.stdout is not None and process.stdout.readline()
+            assert next_line(process)
             assert found(process.pid) is None
             put(kv(1), there / "kv")
             assert states(process.pid) == {"kv": FileState.NEW_BUILD}

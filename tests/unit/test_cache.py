@@ -21,6 +21,7 @@ from elfdiff.errors import LivegraftError, NotPermitted
 from elfdiff.image import Image
 from elfdiff.imagefile import load_image
 from elfdiff.patchfile import write_patch
+from fixtures.hearing import next_line
 from patcher.commands import diff as command
 from tests.compile import Compiler
 
@@ -173,7 +174,7 @@ def test_two_processes_at_once(path: Path, folder: Path) -> None:
         for _ in range(2)
     ]
     for process in both:
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        assert next_line(process) == "ready"
     results = [process.communicate("go\n", timeout=60) for process in both]
     expected = f"{len(load_code(load_image(path)))}\n" * 20
     assert results == [(expected, "")] * 2
