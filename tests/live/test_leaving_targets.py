@@ -67,7 +67,7 @@ def end_of(program: Answering, patcher: Patcher, linger: int) -> Said:
 def judge(scene: Scene, program: Answering, command: Command, way: str, said: Said) -> None:
     if said.status and way in ("kill", "exit"):
         assert said.status == 2 and str(program.pid) in said.error["what"], said
-    elif way == "exec":
+    elif way.startswith("exec"):
         assert said.status == 0 or (said.status == 1 and "has executed another program" in said.error["what"]), said
         assert program.line() == "ready"
         assert_at_liberty(program.pid)
@@ -124,7 +124,7 @@ def test_an_operation_that_does_not_come_is_not_waited_for(scene: Scene) -> None
         assert go_away(scene, COMMANDS["apply"], way, 10**9) == ""
 
 
-@pytest.mark.parametrize("way", ["kill", "exit", "exec", "release"])
+@pytest.mark.parametrize("way", ["kill", "exit", "exec", "exec by a thread", "release"])
 @EXTENT
 @pytest.mark.parametrize("name", ["apply", "revert"])
 def test_the_target_goes_away_at_an_operation(scene: Scene, name: str, way: str, whole: bool) -> None:
