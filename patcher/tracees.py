@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -275,7 +275,7 @@ def reaping(held: Callable[[], Collection[int]] = tuple) -> Iterator[None]:
     def reap_until_over() -> None:
         while not over.wait(_PATIENCE):
             for tid in (*held(), *_abandoned):
-                _reap(tid)
+                _look(tid, os.WNOHANG)  # which takes deaths alone: WEXITED by itself takes stops of tracees, too
 
     helper = threading.Thread(target=reap_until_over, daemon=True)
     try:
@@ -287,12 +287,6 @@ def reaping(held: Callable[[], Collection[int]] = tuple) -> Iterator[None]:
     finally:
         over.set()
         helper.join()
-
-
-def _reap(tid: int) -> None:
-    """Take notice of the death of a tracee if it is dead; ``poll`` then says that it is gone."""
-    with suppress(ChildProcessError):
-        os.waitid(os.P_PID, tid, os.WEXITED | os.WNOHANG | _WALL)
 
 
 def repair(tid: int, registers: Registers, stop: Stop) -> None:

@@ -327,6 +327,24 @@ def test_a_user_without_rights_is_told_what_helps(build: Build) -> None:
     assert "root" in said.rpartition("|")[2]
 
 
+def test_a_stop_is_not_taken_by_who_reaps(build: Build) -> None:
+    """What has been taken is gone, and the signal with it."""
+    looks: list[int] = []
+
+    def held() -> list[int]:
+        looks.append(target.pid)
+        return looks[:1]
+
+    with running([build("states"), "plain"]) as target:
+        with seize(target.pid) as process:
+            os.kill(target.pid, signal.SIGTERM)
+            wait_until(lambda: state_of(target.pid) == "t", "the signal to stop it")
+            with tracees.reaping(held):
+                wait_until(lambda: len(looks) > 2, "several looks")
+            process.stop()
+        assert target.wait(30) == -signal.SIGTERM
+
+
 def test_an_interrupt_waits_until_nobody_is_stopped(build: Build) -> None:
     with running([build("wakeup"), "nanosleep"]) as target:
         reached = False
