@@ -24,6 +24,9 @@ from .test_unwind import EXPECTED
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("either")]
 
+PATIENCE = 60.0
+"""Seconds for a thread to stop: on a busy machine it may have to wait for a processor."""
+
 FLAGS = ("-O2", "-fno-optimize-sibling-calls")
 
 
@@ -48,7 +51,7 @@ def function_range(stacks: Stacks, name: str, *, harmless_at_start: bool = True)
 
 def check(stacks: Stacks, memory: Memory, *ranges: ForbiddenRange, max_stack: int = 8 << 20) -> Quiescence:
     with StackCheck(memory, ranges, max_stack=max_stack) as stack_check, seize(stacks.pid) as process:
-        process.stop()
+        process.stop(PATIENCE)
         return stack_check.check(process.threads)
 
 
@@ -159,7 +162,7 @@ def test_a_program_counter_inside_a_range(
     stacks: Stacks, memory: Memory, low: int, high: int, harmless: bool, live: bool
 ) -> None:
     with seize(stacks.pid) as process:
-        process.stop()
+        process.stop(PATIENCE)
         (thread,) = (t for t in process.threads if t.tid == stacks.tids["in_register"])
         pc = thread.registers.rip
         forbidden = ForbiddenRange("here", pc + low, pc + high, harmless)
@@ -204,7 +207,7 @@ def test_the_interrupted_stack_of_a_thread_on_an_alternate_stack(stacks: Stacks,
     assert frame.certain
     tid = stacks.tids["alternate"]
     with seize(stacks.pid) as process:
-        process.stop()
+        process.stop(PATIENCE)
         (pointer,) = (t.registers.rsp for t in process.threads if t.tid == tid)
     with StackMemory(stacks.pid) as stack_memory:
         end = stack_memory.end(pointer, 0, 1 << 62)
@@ -219,7 +222,7 @@ def test_a_thread_that_has_returned_to_the_restorer(stacks: Stacks, memory: Memo
     tid = stacks.tids["alternate"]
     unwinder = Unwinder(unwind_tables(mappings(stacks.pid), memory), memory.read)
     with seize(stacks.pid) as process:
-        process.stop()
+        process.stop(PATIENCE)
         (thread,) = (t for t in process.threads if t.tid == tid)
         stack = unwinder.unwind(thread.registers, memory.read)
         (depth,) = (n for n, frame in enumerate(stack.frames) if frame.is_signal_frame)
@@ -234,7 +237,7 @@ def test_a_thread_that_has_returned_to_the_restorer(stacks: Stacks, memory: Memo
 def test_a_stack_that_is_split_into_several_mappings(stacks: Stacks, memory: Memory) -> None:
     tid = stacks.tids["split"]
     with seize(stacks.pid) as process:
-        process.stop()
+        process.stop(PATIENCE)
         (pointer,) = (t.registers.rsp for t in process.threads if t.tid == tid)
     (mapping,) = (mapping for mapping in mappings(stacks.pid) if pointer in mapping)
     found = check_function(stacks, memory, "above_split")
@@ -264,7 +267,7 @@ def test_ends_of_stacks_are_the_same_without_the_query(stacks: Stacks) -> None:
         StackMemory(stacks.pid, may_query=False) as old,
         seize(stacks.pid) as process,
     ):
-        process.stop()
+        process.stop(PATIENCE)
         stops = [(thread.registers.rsp, thread.registers.fs_base, 1 << 62) for thread in process.threads]
         ends = [new.end(*stop) for stop in stops]
         assert ends == [old.end(*stop) for stop in stops]
@@ -313,7 +316,7 @@ def test_a_restorer_that_was_made_after_the_preparation(odd: Path) -> None:
         running.process.stdin.flush()
         assert next_line(running.process) == "waits"
         with seize(running.pid) as process:
-            process.stop()
+            process.stop(PATIENCE)
             found = stack_check.check(process.threads)
     (frame,) = found.live
     assert frame.name == "late" and not frame.certain, "the restorer has no unwind information"
@@ -325,6 +328,6 @@ def test_a_check_can_be_repeated(stacks: Stacks, memory: Memory) -> None:
         for _ in range(5):
             stack_check.refresh()
             with seize(stacks.pid) as process:
-                process.stop()
+                process.stop(PATIENCE)
                 answers.append(stack_check.check(process.threads).live)
     assert len(set(answers)) == 1 and len(answers[0]) == 1

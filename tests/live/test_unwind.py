@@ -20,6 +20,9 @@ from patcher.unwindtables import UnwindTable, unwind_tables
 
 pytestmark = pytest.mark.root
 
+PATIENCE = 60.0
+"""Seconds for a thread to stop: on a busy machine it may have to wait for a processor."""
+
 BUILDS = [
     ("gcc", "-O0"),
     ("gcc", "-O2"),
@@ -53,7 +56,7 @@ def unwind_all(pid: int, *, max_frames: int = 1024) -> dict[int, Stack]:
         unwinder = Unwinder(unwind_tables(mappings(pid), memory), memory.read)
         unwinder.prepare()
         with seize(pid) as process:
-            process.stop()
+            process.stop(PATIENCE)
             return {
                 thread.tid: unwinder.unwind(thread.registers, memory.read, max_frames=max_frames)
                 for thread in process.threads
@@ -141,7 +144,7 @@ def test_threads_that_run_are_unwound_wherever_they_stop(stacks: Stacks) -> None
         unwinder = Unwinder(unwind_tables(mappings(stacks.pid), memory), memory.read)
         for _ in range(2000):  # ends after some twenty, unless the threads get no CPU
             with seize(stacks.pid) as process:
-                process.stop()
+                process.stop(PATIENCE)
                 for thread in process.threads:
                     if thread.tid in spinning:
                         stack = unwinder.unwind(thread.registers, memory.read)
@@ -160,7 +163,7 @@ def test_too_many_frames(stacks: Stacks) -> None:
 
 def test_without_tables_there_is_only_the_reason(stacks: Stacks) -> None:
     with Memory(stacks.pid) as memory, seize(stacks.pid) as process:
-        process.stop()
+        process.stop(PATIENCE)
         registers = process.threads[0].registers
         assert not Unwinder([], memory.read).unwind(registers, memory.read).complete
         here = UnwindTable("nothing", registers.rip & ~0xFFF, (registers.rip | 0xFFF) + 1, 0x10)
@@ -175,7 +178,7 @@ def test_an_unreadable_stack_is_incomplete(stacks: Stacks) -> None:
 
     with Memory(stacks.pid) as memory, seize(stacks.pid) as process:
         unwinder = Unwinder(unwind_tables(mappings(stacks.pid), memory), memory.read)
-        process.stop()
+        process.stop(PATIENCE)
         for thread in process.threads:
             stack = unwinder.unwind(thread.registers, read)
             assert not stack.complete and "nothing at" in stack.why
@@ -210,7 +213,7 @@ def test_what_was_foreseen_is_not_read_in_the_pause(stacks: Stacks) -> None:
         before = reads
         unseen = {stacks.tids[name] for name in RUNNING | UNFORESEEN}
         with seize(stacks.pid) as process:
-            process.stop()
+            process.stop(PATIENCE)
             seen = [thread for thread in process.threads if thread.tid not in unseen]
             frames = sum(len(unwinder.unwind(thread.registers, memory.read).frames) for thread in seen)
     assert frames > 100 and foreseen > 20

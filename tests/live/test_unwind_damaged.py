@@ -19,6 +19,9 @@ from patcher.unwindtables import unwind_tables
 
 pytestmark = pytest.mark.root
 
+PATIENCE = 60.0
+"""Seconds for a thread to stop: on a busy machine it may have to wait for a processor."""
+
 THREAD = "dirty"
 """It waits in over_stains(), whose frame holds words of stain(), which has returned."""
 MIDDLE = "over_stains"
@@ -73,7 +76,7 @@ def live_in_thread(stacks: Stacks, memory: Memory) -> list[LiveFrame]:
         StackCheck(memory, [ForbiddenRange("stain", function.start, function.end, True)]) as check,
         seize(stacks.pid) as process,
     ):
-        process.stop()
+        process.stop(PATIENCE)
         return [frame for frame in check.check(process.threads).live if frame.tid == stacks.tids[THREAD]]
 
 
