@@ -4,8 +4,10 @@
     ├── Changed               1  failed          another attempt may do
     ├── Interrupted           1  failed          a signal asked us to end
     ├── BadInput              2  bad-input       no such file, process or patch; wrong usage
+    │   └── NoSuchPatch       2  bad-input       the process does not carry it
     ├── NothingToPatch        3  nothing-to-patch
     ├── Refused               4  refused         not safe, or not this build
+    │   └── NotConcerned      4  refused         the process has nothing that the patch would change
     ├── Busy                  5  busy            a patched function stayed live
     ├── NotPermitted          6  not-permitted
     ├── TargetDamaged         7  target-damaged
@@ -75,6 +77,10 @@ class BadInput(LivegraftError):
     exit_code = 2
 
 
+class NoSuchPatch(BadInput):
+    """The process carries no patch, or not the one that is meant; among several processes it is passed over."""
+
+
 class NothingToPatch(LivegraftError):
     """The two builds do not differ in anything that matters."""
 
@@ -89,6 +95,10 @@ class Refused(LivegraftError):
 
     exit_code = 4
     findings: tuple[Finding, ...] = ()
+
+
+class NotConcerned(Refused):
+    """The process has not loaded the program of the patch, or runs its new build; among several it is passed over."""
 
 
 class Busy(LivegraftError):

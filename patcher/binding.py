@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from elfdiff.errors import BadInput, Refused
+from elfdiff.errors import BadInput, NotConcerned, Refused
 from elfdiff.patchobject import (
     FIRST_IMPORT,
     OLD_IMAGE,
@@ -160,7 +160,7 @@ def _unsound(why: str) -> BadInput:
 
 def _old_module(patch: PatchObject, loaded: Sequence[Module]) -> Module:
     if _has(loaded, patch.new.build_id) and not _has(loaded, patch.old.build_id):
-        raise Refused(
+        raise NotConcerned(
             f"the process already runs the new build of {patch.new.name}",
             why=f"build {patch.new.build_id} is mapped from its own file, not from a patch",
             next_step="nothing is to be done for this process",

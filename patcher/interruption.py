@@ -115,6 +115,17 @@ def heed() -> None:
         )
 
 
+def acknowledge() -> None:
+    """Forget the noted signals that ask us to end: a caller of ``heed`` ends because of them, and says so itself.
+
+    What it does on its way out, such as to take back what it did, is not refused because of them any more. Another
+    signal is noted as before.
+    """
+    if _now is not None:
+        for number in [number for number in _now._noted if number in ENDING]:
+            _now._noted.remove(number)
+
+
 def _stop_by(number: signal.Signals, deferral: Deferral) -> None:
     """Let this process be stopped, or do what else its owner has it do; returns when it goes on."""
     signal.signal(number, deferral._handlers[number])

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from elfdiff.errors import LivegraftError, Refused
+from elfdiff.errors import LivegraftError, NotConcerned, Refused
 
 from .memory import Memory
 from .proc import Mapping
@@ -106,7 +106,7 @@ def find_module(loaded: Sequence[Module], build_id: str, name: str) -> Module:
 def _wrong_build(loaded: Sequence[Module], build_id: str, name: str) -> Refused:
     namesakes = [module for module in loaded if module.name == name]
     if not namesakes:
-        return Refused(
+        return NotConcerned(
             f"the process has not loaded {name} of build {build_id}",
             why="it has loaded " + (", ".join(sorted({module.name for module in loaded})) or "no ELF image"),
             next_step="give the pid of a process that runs this build",

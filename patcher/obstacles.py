@@ -103,6 +103,19 @@ def does_not_stop(pid: int, count: int, within: float, details: tuple[str, ...])
     )
 
 
+def shares_memory(pid: int, name: str, others: tuple[int, ...]) -> Obstacle | None:
+    """Other processes share the memory of the process."""
+    if not others:
+        return None
+    return Obstacle(
+        Busy,
+        f"process {pid} ({name}) shares its memory with process {others[0]}",
+        "one is a child of the other that has not executed a program of its own yet (vfork(2), CLONE_VM); "
+        "what is written for one is written for both, and the other would not be stopped",
+        "try again when the child has executed its program or ended",
+    )
+
+
 def may_not_be_traced(
     pid: int, name: str, own: Credentials, other: Credentials, yama: int | None, label: str, answer: str
 ) -> Obstacle:

@@ -19,6 +19,8 @@ from .memory import Memory
 from .modules import Module, modules
 from .proc import Mapping, executed_another_program, has_exited, mapping_over, mappings, status
 from .record import DamagedRecord, Record, find_records, permissions, segment_digest
+from .selection import Pin
+from .sharing import require_own_memory
 from .tracees import reap, require_traceable
 
 # Not the file that a single remote call locks: this lock is held around many of them.
@@ -46,13 +48,17 @@ def take_snapshot(pid: int, memory: Memory) -> Snapshot:
 
 
 @contextmanager
-def open_target(pid: int) -> Iterator[Memory]:
+def open_target(pid: int, pin: Pin | None = None) -> Iterator[Memory]:
     """Open the memory of a process that is to be changed, and keep other livegrafts away from it.
+
+    With a ``pin`` it is certainly the process that is pinned: whatever is written later goes to the memory that was
+    opened, and to none that another process has under the same number.
 
     Signals to this process are ``deferred`` meanwhile. Raises Interrupted (one was noted before),
     BadInput (no such process, a zombie, a kernel thread, this process), NotPermitted (not ours to trace, traced
-    already), Busy (another livegraft is at work on it). Whatever is raised inside becomes BadInput where the process
-    has exited, and LivegraftError where it has executed another program.
+    already), Busy (another livegraft is at work on it, or it shares its memory with another process). Whatever is
+    raised inside becomes BadInput where the process has exited, and LivegraftError where it has executed another
+    program.
     """
     with deferred():
         heed()
@@ -60,7 +66,10 @@ def open_target(pid: int) -> Iterator[Memory]:
         require_permitted(found)
         require_fit(found)
         try:
+            require_own_memory(pid)
             with exclusive(pid, _LOCK), Memory(pid) as memory:
+                if pin is not None:
+                    pin.require_alive()
                 try:
                     yield memory
                 except (LivegraftError, OSError) as error:

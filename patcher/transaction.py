@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 
-from elfdiff.errors import BadInput, Changed, LivegraftError, Refused
+from elfdiff.errors import BadInput, Changed, LivegraftError, NoSuchPatch, Refused
 from elfdiff.patchobject import PatchObject
 
 from .binding import Binding, bind
@@ -29,6 +29,7 @@ from .placement import MARGIN
 from .plan import Plan, Situation, binding_ranges, idle_ranges, plan_apply, plan_revert, situation
 from .proc import has_exited
 from .record import FIRST_SLOT, INTERRUPTED, Contents, JournalEntry, Record, State, record_size
+from .selection import Pin
 from .staging import Staged, bases, make_draft, span_of, stage, sweep, sweep_stubs
 from .steps import OnStep, no_step
 from .target import Snapshot, open_target, require_intact, take_snapshot
@@ -45,7 +46,7 @@ class Outcome:
     """What a transaction did. ``state`` is the record's now; ``already`` says that nothing had to be done.
 
     ``pause`` is None where nothing was stopped; ``mapped_bytes`` is what the patch occupies in the process;
-    ``others`` are records whose state changed with it (replaced, or undone).
+    ``others`` are records whose state changed with it (replaced, or undone); ``before`` is the record that was applied.
     """
 
     pid: int
@@ -56,6 +57,7 @@ class Outcome:
     pause: Pause | None
     mapped_bytes: int
     others: tuple[Record, ...]
+    before: Record | None = None
 
 
 def apply(
@@ -67,17 +69,18 @@ def apply(
     deep_limit: int = DEEP_LIMIT,
     keep_live: Sequence[str] = (),
     on_step: OnStep = no_step,
+    pin: Pin | None = None,
 ) -> Outcome:
     """Put ``patch`` in force in process ``pid``, in place of any other patch of the same image.
 
     ``timeout`` (seconds) is for the functions to become idle; ``deep_check``, ``deep_limit`` and ``keep_live`` are
-    those of ``Conditions``. ``on_step`` is called at each point at which the death of this process leaves something
-    else behind, for tests.
+    those of ``Conditions``, ``pin`` is that of ``open_target``. ``on_step`` is called at each point at which the death
+    of this process leaves something else behind, for tests.
 
     Raises BadInput, NotPermitted, Refused, Busy (a function stayed live), Changed (it kept changing meanwhile),
     LivegraftError; in all these cases the target is as before. TargetDamaged where it is not.
     """
-    with open_target(pid) as memory:
+    with open_target(pid, pin) as memory:
         asked = Conditions(timeout, deep_check, deep_limit, tuple(keep_live), keepable(patch))
         return _attempts(asked, lambda left: _apply(pid, patch, memory, left, on_step))
 
@@ -102,7 +105,8 @@ def _apply(pid: int, patch: PatchObject, memory: Memory, conditions: Conditions,
         return _already(seen, now.applied)
     staged, pause = _stage_and_commit(binding, now, seen, memory, conditions, on_step)
     others = tuple(record for record in now.active if record.contents.patch != patch.id)
-    return Outcome(pid, seen.name, staged.contents, State.APPLIED, False, pause, staged.mapped_bytes, others)
+    mapped = staged.mapped_bytes
+    return Outcome(pid, seen.name, staged.contents, State.APPLIED, False, pause, mapped, others, now.applied)
 
 
 def check(
@@ -113,6 +117,7 @@ def check(
     deep_check: bool | None = None,
     deep_limit: int = DEEP_LIMIT,
     keep_live: Sequence[str] = (),
+    pin: Pin | None = None,
 ) -> Outcome:
     """Do all that ``apply`` does but the writing: every check, and stops of the process to look at its
     stacks.
@@ -120,7 +125,7 @@ def check(
     ``state`` of the outcome is PREPARED where ``apply`` would have put the patch in force. Raises as
     ``apply``.
     """
-    with open_target(pid) as memory:
+    with open_target(pid, pin) as memory:
         asked = Conditions(timeout, deep_check, deep_limit, tuple(keep_live), keepable(patch))
         return _attempts(asked, lambda left: _check(pid, patch, memory, left))
 
@@ -139,13 +144,13 @@ def _check(pid: int, patch: PatchObject, memory: Memory, conditions: Conditions)
 def _bind(
     pid: int, patch: PatchObject, memory: Memory, keep_live: Sequence[str] = ()
 ) -> tuple[Snapshot, Binding, Situation]:
-    seen = _look(pid, memory)
+    seen = look(pid, memory)
     binding = bind(patch, seen.modules, memory, seen.records)
     binding = replace(binding, kept=kept_code(patch, keep_live, binding.old_bias))
     return seen, binding, situation(seen.records, binding.module, seen.gates)
 
 
-def _look(pid: int, memory: Memory) -> Snapshot:
+def look(pid: int, memory: Memory) -> Snapshot:
     """Look at the process; refuse to go on where its records are damaged or say what cannot be."""
     seen = take_snapshot(pid, memory)
     require_intact(seen)
@@ -186,7 +191,7 @@ def _stage_and_commit(
     heed()
     try:
         staged = stage(binding, now, seen, memory, version("livegraft"), on_step)
-        known = (*staged.contents.journal, *_journals(now))
+        known = (*staged.contents.journal, *journals(now))
         gated = with_gates(staged.plan, known, binding.module, seen, memory)
         return staged, carry_out(gated.plan, seen, memory, conditions, on_step)
     except BaseException as error:
@@ -201,7 +206,8 @@ def _stage_and_commit(
         raise
 
 
-def _journals(now: Situation) -> tuple[JournalEntry, ...]:
+def journals(now: Situation) -> tuple[JournalEntry, ...]:
+    """Return the entries of all records that may be in force."""
     return tuple(entry for record in now.active for entry in record.contents.journal)
 
 
@@ -226,6 +232,7 @@ def revert(
     deep_check: bool | None = None,
     deep_limit: int = DEEP_LIMIT,
     on_step: OnStep = no_step,
+    pin: Pin | None = None,
 ) -> Outcome:
     """Take a patch out of force: the one whose id begins with ``patch_id``, or the only one there is.
 
@@ -233,8 +240,8 @@ def revert(
     force before it is in force again. Its mappings stay, because pointers into its constants may live on.
     Raises BadInput where no patch or more than one is meant; otherwise as ``apply``.
     """
-    with open_target(pid) as memory:
-        seen = _look(pid, memory)
+    with open_target(pid, pin) as memory:
+        seen = look(pid, memory)
         record = _choose(seen, patch_id)
         if record.state is State.REVERTED:
             return _already(seen, record)
@@ -242,10 +249,12 @@ def revert(
         now = situation(seen.records, module, seen.gates)
         sweep_stubs(pid, memory)
         plan = plan_revert(record, now, memory.read_many, seen.modules)
-        gated = with_gates(plan, _journals(now), module, seen, memory)
+        gated = with_gates(plan, journals(now), module, seen, memory)
         pause = carry_out(gated.plan, seen, memory, Conditions(timeout, deep_check, deep_limit), on_step)
         others = tuple(item for item in now.interrupted if item.address != record.address)
-        return Outcome(pid, seen.name, record.contents, State.REVERTED, False, pause, mapped_bytes(record), others)
+        before = record if record.state is State.APPLIED else None
+        size = mapped_bytes(record)
+        return Outcome(pid, seen.name, record.contents, State.REVERTED, False, pause, size, others, before)
 
 
 def watch_apply(pid: int, patch: PatchObject, seconds: float, conditions: Conditions | None = None) -> Watched | None:
@@ -267,7 +276,7 @@ def watch_revert(pid: int, patch_id: str, seconds: float, conditions: Conditions
     Changes nothing. Raises as ``revert``, but for what is live.
     """
     with open_target(pid) as memory:
-        seen = _look(pid, memory)
+        seen = look(pid, memory)
         record = _choose(seen, patch_id)
         if record.state is State.REVERTED:
             return None
@@ -313,14 +322,14 @@ def _idle(seen: Snapshot, matching: Sequence[Record]) -> Record:
     )
 
 
-def _no_such_patch(seen: Snapshot, patch_id: str, known: Sequence[Record]) -> BadInput:
+def _no_such_patch(seen: Snapshot, patch_id: str, known: Sequence[Record]) -> NoSuchPatch:
     if not known:
-        return BadInput(
+        return NoSuchPatch(
             f"process {seen.pid} ({seen.name}) carries no patch",
             why="none was applied since the program was started",
             next_step=f"see what a process carries: livegraft status --pid {seen.pid}",
         )
-    return BadInput(
+    return NoSuchPatch(
         f"process {seen.pid} ({seen.name}) carries no patch {patch_id}",
         why=f"it carries {', '.join(sorted({item.short_id for item in known}))}",
         next_step=f"livegraft revert --pid {seen.pid} {known[0].short_id}",
