@@ -22,13 +22,15 @@ class CarriedPatch:
 
     ``redirected`` of the ``entries`` of its functions lead to its code at this moment, at once or through a gate: all
     of them if it is applied, none if it is reverted, and if it was interrupted either, or any number where its entry
-    jumps could not be gated. None where they cannot be read.
+    jumps could not be gated. None where they cannot be read. ``inherited`` says that it was not this process that was
+    patched, but one that it descends from by fork(2), and that it carries the record since.
     """
 
     record: Record
     entries: int
     redirected: int | None
     mapped_bytes: int
+    inherited: bool
 
     @property
     def as_it_should_be(self) -> bool:
@@ -63,7 +65,7 @@ def inspect_process(pid: int) -> Inspection:
         maps = mappings(pid)
         records, damaged = find_records(maps, memory)
         gates = find_gates(maps, memory)
-        patches = tuple(_carried(record, memory, gates) for record in records)
+        patches = tuple(_carried(record, memory, gates, found.start_time) for record in records)
         inside, why = _finishing(pid, records, memory)
     return Inspection(pid, found.name, patches, damaged, inside, why)
 
@@ -78,7 +80,7 @@ def _finishing(
         return None, f"{error.what}: {error.why}"
 
 
-def _carried(record: Record, memory: Memory, gates: Sequence[Gates]) -> CarriedPatch:
+def _carried(record: Record, memory: Memory, gates: Sequence[Gates], start_time: int) -> CarriedPatch:
     journal = [entry for entry in record.contents.journal if entry.after != entry.pristine]
     spans = [(entry.address, len(entry.after)) for entry in journal]
     try:
@@ -88,4 +90,5 @@ def _carried(record: Record, memory: Memory, gates: Sequence[Gates]) -> CarriedP
     else:
         pairs = zip(journal, held, strict=True)
         redirected = sum(entry.after == seen_through(gates, entry.address, data) for entry, data in pairs)
-    return CarriedPatch(record, len(journal), redirected, mapped_bytes(record))
+    inherited = record.contents.started != start_time
+    return CarriedPatch(record, len(journal), redirected, mapped_bytes(record), inherited)

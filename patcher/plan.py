@@ -21,7 +21,7 @@ from .forbidden import ForbiddenRange
 from .gates import Gates, jumps_to
 from .lookups import WordWrite, hook_writes, unhook_writes
 from .modules import Module
-from .record import Contents, JournalEntry, Record, RecordedFunction, State, state_word
+from .record import Contents, JournalEntry, KeptCode, Record, RecordedFunction, State, state_word
 
 ReadBytes = Callable[[Sequence[tuple[int, int]]], list[bytes]]
 """Return the bytes of every (absolute address, size): Memory.read_many."""
@@ -187,9 +187,14 @@ def _require_apart(journal: Sequence[JournalEntry]) -> None:
 
 def idle_ranges(binding: Binding) -> tuple[ForbiddenRange, ...]:
     """Return what must be idle beside the functions of a patch: old functions that the new build no longer has."""
+    return tuple(ForbiddenRange(item.name, item.start, item.start + item.size) for item in removed_code(binding))
+
+
+def removed_code(binding: Binding) -> tuple[KeptCode, ...]:
+    """Return the old functions that the new build no longer has and that are not kept, absolute."""
     kept = {item.start - binding.old_bias for item in binding.kept}
     return tuple(
-        ForbiddenRange(item.name, item.start + binding.old_bias, item.start + binding.old_bias + item.size)
+        KeptCode(item.name, item.start + binding.old_bias, item.size)
         for item in binding.patch.removed
         if item.size and item.start not in kept
     )

@@ -39,7 +39,7 @@ from .memory import Memory
 from .proc import Mapping
 
 MAGIC = b"LVGRAFT\x01"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MEMFD_PATH = "/memfd:livegraft"
 """How ``/proc/PID/maps`` and ``/proc/PID/fd`` show the memory files that ``RemoteCaller`` makes."""
 STATE_OFFSET = 16
@@ -125,7 +125,7 @@ class RecordedLookup:
 
 @dataclass(frozen=True, slots=True)
 class KeptCode:
-    """Old code that threads may finish while its patch is in force: absolute start, size in bytes."""
+    """Old code of which no new code takes the place at its entry: absolute start, size in bytes."""
 
     name: str
     start: int
@@ -138,7 +138,9 @@ class Contents:
 
     ``time`` is in seconds since the epoch; ``sealed`` says that the mappings come from a memfd and not from
     anonymous memory. ``lifted`` are the codes of findings for which the patch would have been refused without --allow;
-    ``kept`` is what --keep-live named.
+    ``kept`` is what --keep-live named. ``started`` is when the process that was patched had been started, in clock
+    ticks since boot: a child forked by it carries the same record and was started later. ``removed`` is old code that
+    the new build no longer has, and that must be idle when the patch comes into force.
     """
 
     patch: str
@@ -158,6 +160,8 @@ class Contents:
     lifted: tuple[str, ...] = ()
     lookups: tuple[RecordedLookup, ...] = ()
     kept: tuple[KeptCode, ...] = ()
+    started: int = 0
+    removed: tuple[KeptCode, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,6 +313,8 @@ def _contents(value: Any) -> Contents:
         lifted=tuple(_text(item) for item in _items(fields["lifted"])),
         lookups=tuple(_lookup(item) for item in _items(fields["lookups"])),
         kept=tuple(_kept(item) for item in _items(fields["kept"])),
+        started=_number(fields["started"]),
+        removed=tuple(_kept(item) for item in _items(fields["removed"])),
     )
 
 

@@ -32,8 +32,8 @@ from .mapping import (
 )
 from .memory import Memory
 from .placement import MARGIN, Surroundings, candidates, stack_reserve
-from .plan import Plan, Situation, binding_ranges, idle_ranges, journal_for_apply, plan_apply
-from .proc import mapping_over, mmap_min_addr, stack_limit, start_brk
+from .plan import Plan, Situation, binding_ranges, idle_ranges, journal_for_apply, plan_apply, removed_code
+from .proc import mapping_over, mmap_min_addr, stack_limit, start_brk, status
 from .record import (
     FIRST_SLOT,
     Contents,
@@ -117,6 +117,8 @@ def _stage_again(record: Record, binding: Binding, now: Situation, memory: Memor
         replaces=replaces,
         lookups=kept(record.contents.lookups, binding, now.everything),
         kept=binding.kept,
+        started=status(memory.pid).start_time,
+        removed=removed_code(binding),
     )
     data = encode_slot(contents)
     slot = free_slot(record, data)
@@ -289,6 +291,8 @@ def make_draft(binding: Binding, base: int, now: Situation, memory: Memory, tool
         lifted=tuple(sorted({item.code for item in patch.findings if item.lifted})),
         lookups=lookups,
         kept=binding.kept,
+        started=status(memory.pid).start_time,
+        removed=removed_code(binding),
     )
     return Draft(contents, segments)
 
