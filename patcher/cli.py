@@ -19,14 +19,15 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from types import FrameType
 from typing import Any, NoReturn, cast
 
-from elfdiff.errors import EXIT_NAMES, BadInput, Interrupted, LivegraftError, Refused
+from elfdiff.errors import EXIT_NAMES, BadInput, Interrupted, LivegraftError
 
 from . import interruption
 from .commands import Report, Verb
+from .commands.shared import error_json, error_lines
 
 SCHEMA = 1
 """Raised when a reader of the JSON output would misunderstand it."""
@@ -202,20 +203,13 @@ def _show_json(body: dict[str, Any], verb: str, code: int) -> None:
 
 
 def _fail(error: LivegraftError, verb: str, as_json: bool) -> int:
-    details = (*error.details, *getattr(error, "__notes__", ()))
     if as_json:
-        said: dict[str, Any] = {"what": error.what, "why": error.why, "next": error.next_step}
-        said["details"] = list(details)
-        if isinstance(error, Refused) and error.findings:
-            said["findings"] = [asdict(finding) for finding in error.findings]
-        _show_json({"error": said}, verb, error.exit_code)
+        _show_json({"error": error_json(error)}, verb, error.exit_code)
         return error.exit_code
-    sys.stderr.write(f"livegraft: {error.what}\n")
-    for label, text in (("why", error.why), ("next", error.next_step)):
-        if text:
-            sys.stderr.write(f"  {label}: {text}\n")
-    for line in details:
-        sys.stderr.write(f"  {line}\n")
+    first, *others = error_lines(error)
+    sys.stderr.write(f"livegraft: {first}\n")
+    for line in others:
+        sys.stderr.write(f"{line}\n")
     return error.exit_code
 
 

@@ -10,9 +10,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+from elfdiff.errors import BadInput
 
 from ..conditions import DEEP_LIMIT
+
+if TYPE_CHECKING:
+    from patcher.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,45 @@ class Verb(Protocol):
 def add_pid(parser: argparse.ArgumentParser) -> None:
     """Add ``--pid``, the process to work on."""
     parser.add_argument("--pid", type=process_id, required=True, metavar="PID", help="the process")
+
+
+def add_selection(parser: argparse.ArgumentParser, *, changes: bool = True) -> None:
+    """Add ``--pid``, ``--exe``, ``--name``, ``--unit``, ``--tree`` and ``--all``: which processes to work on.
+
+    With ``changes`` also ``--atomic``.
+    """
+    which = parser.add_argument_group("which processes").add_mutually_exclusive_group(required=True)
+    which.add_argument("--pid", type=process_id, metavar="PID", help="this process")
+    which.add_argument("--exe", type=_not_empty, metavar="PATH", help="those that run this file, also a deleted one")
+    which.add_argument("--name", type=_not_empty, metavar="NAME", help="those of this name (ps -o comm)")
+    which.add_argument("--unit", type=_not_empty, metavar="UNIT", help="those of this systemd unit")
+    which.add_argument("--tree", type=process_id, metavar="PID", help="this process and all that descend from it")
+    parser.add_argument("--all", action="store_true", help="all of them, where several match")
+    if changes:
+        parser.add_argument("--atomic", action="store_true", help="where one fails, put the others back as they were")
+
+
+def selection_of(arguments: argparse.Namespace) -> Selection | None:
+    """Return which processes are meant, None for the one of ``--pid``. Raises BadInput (wrong usage)."""
+    from ..selection import By, Selection
+
+    if arguments.pid is not None:
+        extra = [name for name in ("all", "atomic") if getattr(arguments, name, False)]
+        if extra:
+            raise BadInput(
+                f"--{extra[0]} does not go with --pid",
+                why="--pid means one process",
+                next_step="for it and what descends from it: --tree PID",
+            )
+        return None
+    by = next(item for item in By if getattr(arguments, item.value) is not None)
+    return Selection(by, str(getattr(arguments, by.value)), arguments.all or by is By.TREE)
+
+
+def _not_empty(text: str) -> str:
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} names nothing")
+    return text
 
 
 def add_timeout(parser: argparse.ArgumentParser) -> None:

@@ -3,15 +3,24 @@
 Every redirected function gets the bytes of its file back, at a moment when no thread is in the new code. Where apply
 was killed half-way, what it had begun is undone, and what was in force before is in force again. The patch's own
 memory stays mapped, since pointers to its constants may live on; applying the same patch again takes it up.
+
+Of several processes each is reverted in a stop of its own, and then those that were forked meanwhile, until there are
+no more of them. Those that do not carry the patch are passed over. With --atomic, where one fails the patch is put in
+force again in the others.
 """
 
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from elfdiff.errors import BadInput
 
-from . import Report, add_deep_check, add_pid, add_timeout
+from . import Report, add_deep_check, add_selection, add_timeout, selection_of
+
+if TYPE_CHECKING:
+    from patcher.selection import Pin
+    from patcher.transaction import Outcome
 
 _SHORTEST_ID = 4
 
@@ -21,7 +30,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "id", nargs="?", default="", metavar="ID", help="first digits of the patch's id; needed if there are several"
     )
-    add_pid(parser)
+    add_selection(parser)
     add_timeout(parser)
     add_deep_check(parser)
 
@@ -29,29 +38,48 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Report:
     """Revert."""
     from .. import transaction
-    from .shared import builds_line, functions_line, outcome_json, pause_line, safe
+    from .shared import outcome_json
 
+    selection = selection_of(arguments)
     if arguments.id:
         _require_id(arguments.id)
-    outcome = transaction.revert(
-        arguments.pid,
-        arguments.id,
-        timeout=arguments.timeout,
-        deep_check=arguments.deep_check,
-        deep_limit=arguments.deep_limit,
-    )
+
+    def act(pid: int, pin: Pin | None = None) -> Outcome:
+        return transaction.revert(
+            pid,
+            arguments.id,
+            timeout=arguments.timeout,
+            deep_check=arguments.deep_check,
+            deep_limit=arguments.deep_limit,
+            pin=pin,
+        )
+
+    if selection is None:
+        outcome = act(arguments.pid)
+        return Report(outcome_json(outcome), _text(outcome))
+
+    from ..conditions import Conditions
+    from ..group import carry_out_each
+    from .several import group_report
+
+    undo = Conditions(arguments.timeout, arguments.deep_check, arguments.deep_limit) if arguments.atomic else None
+    group = carry_out_each(selection, lambda pin: act(pin.pid, pin), undo=undo)
+    return group_report(group, selection, outcome_json, _text, arguments.atomic)
+
+
+def _text(outcome: Outcome) -> list[str]:
+    from .shared import builds_line, functions_line, pause_line, safe
+
     contents = outcome.contents
     head = f"{safe(outcome.process)} (pid {outcome.pid})"
     if outcome.already:
-        text = [f"{head}: patch {contents.patch[:12]} is out of force already; nothing was written"]
-    else:
-        text = [
-            f"{head}: patch {contents.patch[:12]} is no longer in force",
-            f"  build      {safe(builds_line(contents))}",
-            f"  functions  {functions_line(contents)}: undone",
-            f"  pause      {pause_line(outcome)}",
-        ]
-    return Report(outcome_json(outcome), text)
+        return [f"{head}: patch {contents.patch[:12]} is out of force already; nothing was written"]
+    return [
+        f"{head}: patch {contents.patch[:12]} is no longer in force",
+        f"  build      {safe(builds_line(contents))}",
+        f"  functions  {functions_line(contents)}: undone",
+        f"  pause      {pause_line(outcome)}",
+    ]
 
 
 def _require_id(text: str) -> None:

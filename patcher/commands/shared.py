@@ -6,12 +6,30 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from elfdiff.errors import LivegraftError, Refused
+
 from . import plural
 
 if TYPE_CHECKING:
     from elfdiff.patchobject import Build, PatchObject
     from patcher.record import Contents, RecordedFunction, State
     from patcher.transaction import Outcome
+
+
+def error_json(error: LivegraftError) -> dict[str, Any]:
+    """Return an error as JSON, with the findings where it is the differ that refuses."""
+    said: dict[str, Any] = {"what": error.what, "why": error.why, "next": error.next_step}
+    said["details"] = [*error.details, *getattr(error, "__notes__", ())]
+    if isinstance(error, Refused) and error.findings:
+        said["findings"] = [asdict(finding) for finding in error.findings]
+    return said
+
+
+def error_lines(error: LivegraftError) -> list[str]:
+    """Return an error as lines of text: what, why, what to do next, details."""
+    lines = [error.what]
+    lines += [f"  {label}: {text}" for label, text in (("why", error.why), ("next", error.next_step)) if text]
+    return lines + [f"  {line}" for line in (*error.details, *getattr(error, "__notes__", ()))]
 
 
 def state_name(state: State) -> str:

@@ -4,46 +4,89 @@ States: applied; reverted; replaced, by another patch of the same program; inter
 between its first and its last write: apply the patch again to finish it, or revert to undo it; prepared, where it
 was killed before the first: the next apply clears it away. A process without patches gives an empty list.
 Nothing is stopped for this, but where apply --keep-live has kept old code: then a short stop shows who is still in it.
+
+A child has the patches of the process that forked it, which is said of each. Of several processes all are shown, with
+or without --all.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from . import Report, add_pid
+from elfdiff.errors import BadInput, LivegraftError, Partial
+
+from . import Report, add_selection, selection_of
 
 if TYPE_CHECKING:
     from patcher.inspection import CarriedPatch, Inspection
+    from patcher.selection import Selection
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    add_pid(parser)
+    add_selection(parser, changes=False)
 
 
 def run(arguments: argparse.Namespace) -> Report:
     """Look."""
     from ..inspection import inspect_process
+
+    selection = selection_of(arguments)
+    if selection is not None:
+        return _of_several(replace(selection, several=True))
+    found = inspect_process(arguments.pid)
+    return Report(_body(found), _text(found))
+
+
+def _of_several(selection: Selection) -> Report:
+    from ..inspection import inspect_process
+    from ..selection import pinned, select_processes
+    from .several import exit_json, selection_json
+    from .shared import error_json, error_lines, safe
+
+    bodies, text, codes = [], [], []
+    for process in select_processes(selection):
+        head = {"pid": process.pid, "process": process.name}
+        try:
+            with pinned(process):
+                found = inspect_process(process.pid)
+        except BadInput:
+            continue  # it has exited
+        except LivegraftError as error:
+            codes.append(error.exit_code)
+            bodies.append({**head, "exit": exit_json(error.exit_code), "error": error_json(error)})
+            text += [safe(line) for line in error_lines(error)]
+            continue
+        codes.append(0)
+        bodies.append({**_body(found), "exit": exit_json(0)})
+        text += _text(found)
+    body = {"selection": selection_json(selection), "processes": bodies}
+    distinct = set(codes)
+    return Report(body, text, distinct.pop() if len(distinct) == 1 else Partial.exit_code if 0 in distinct else 1)
+
+
+def _text(found: Inspection) -> list[str]:
     from .shared import safe
 
-    found = inspect_process(arguments.pid)
     count = len(found.patches)
     carries = "no patch" if not count else "1 patch" if count == 1 else f"{count} patches"
     text = [f"{safe(found.process)} (pid {found.pid}) carries {carries}"]
     for patch in found.patches:
         text += _lines(patch, found.pid)
     text += _finishing_lines(found)
-    text += [f"  damaged record at {item.address:#x}: {safe(item.why)}" for item in found.damaged]
-    body = {
+    return text + [f"  damaged record at {item.address:#x}: {safe(item.why)}" for item in found.damaged]
+
+
+def _body(found: Inspection) -> dict[str, Any]:
+    return {
         "pid": found.pid,
         "process": found.process,
         "patches": [_json(patch) for patch in found.patches],
         "finishing": None if found.finishing is None else [asdict(item) for item in found.finishing],
         "damaged": [{"address": item.address, "why": item.why} for item in found.damaged],
     }
-    return Report(body, text)
 
 
 def _finishing_lines(found: Inspection) -> list[str]:
@@ -68,6 +111,7 @@ def _json(patch: CarriedPatch) -> dict[str, Any]:
         "entries": patch.entries,
         "redirected": patch.redirected,
         "mapped_bytes": patch.mapped_bytes,
+        "inherited": patch.inherited,
         **contents_json(patch.record.contents),
     }
 
@@ -83,6 +127,8 @@ def _lines(patch: CarriedPatch, pid: int) -> list[str]:
         *(f"    {line}" for line in (*kept_lines(record.contents), *lifted_lines(record.contents))),
         f"    since      {moment(record.contents.time)}, by livegraft {safe(record.contents.tool_version)}",
     ]
+    if patch.inherited:
+        lines.append("    inherited  from the process that forked it")
     if record.interrupted:
         lines += [
             f"    livegraft was killed in the middle: {patch.redirected} of {patch.entries} entries are redirected",

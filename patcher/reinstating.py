@@ -1,0 +1,175 @@
+"""Taking back what one command did to a process: what was in force before it is in force again.
+
+Needs no patch object: a patch that was replaced or reverted keeps its mappings and its record, which says all that its
+entries held and what must be idle. Only what a record says is taken back, by the ``instance`` of the transaction, so
+that a child that inherited it is found, and what somebody else did since is left alone.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+
+from elfdiff.errors import LivegraftError, Refused
+
+from .binding import PF_W
+from .conditions import Conditions
+from .forbidden import ForbiddenRange
+from .gating import with_gates
+from .lookups import Chains
+from .memory import Memory
+from .pause import carry_out
+from .plan import Plan, ReadBytes, Situation, plan_apply, situation
+from .proc import mapping_over, status
+from .record import (
+    Contents,
+    JournalEntry,
+    Record,
+    RecordedLookup,
+    State,
+    encode_slot,
+    free_slot,
+    permissions,
+    segment_digest,
+)
+from .selection import Pin
+from .staging import sweep
+from .steps import no_step
+from .target import Snapshot, open_target
+from .transaction import Outcome, journals, look, mapped_bytes, revert
+from .unwinders import LookupSlot, lookup_slots
+from .vetting import module_of_record
+
+_ACTIVE = frozenset({State.APPLIED, State.REVERTED})
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What a command did in one transaction, and so how it is taken back.
+
+    ``applied`` says whether it put the patch of the record in force, or out of force. ``before`` is the instance that
+    was in force before an apply, or empty.
+    """
+
+    applied: bool
+    before: str = ""
+
+
+def take_back(pin: Pin, done: Mapping[str, Done], conditions: Conditions) -> Outcome | None:
+    """Take back the transaction of which a process carries the record; None where it carries none of ``done``.
+
+    ``done`` is by instance. Raises as ``revert``, and Refused where what was in force before is no longer whole.
+    """
+    with open_target(pin.pid, pin) as memory:
+        seen = look(pin.pid, memory)
+        found = [item for item in seen.records if _is_to_be_taken_back(item, done)]
+        if not found:
+            return None
+        record = found[0]
+        how = done[record.contents.instance]
+        if not how.applied:
+            return _reinstate(record, seen, memory, conditions)
+        if how.before:
+            return _reinstate(_record_of(how.before, record, seen), seen, memory, conditions)
+    return revert(
+        pin.pid,
+        record.contents.patch,
+        timeout=conditions.timeout,
+        deep_check=conditions.deep_check,
+        deep_limit=conditions.deep_limit,
+        pin=pin,
+    )
+
+
+def _is_to_be_taken_back(record: Record, done: Mapping[str, Done]) -> bool:
+    how = done.get(record.contents.instance)
+    return how is not None and record.state is (State.APPLIED if how.applied else State.REVERTED)
+
+
+def _record_of(instance: str, after: Record, seen: Snapshot) -> Record:
+    for record in seen.records:
+        if record.contents.instance == instance and record.state is State.REPLACED:
+            return record
+    raise _not_whole(seen, f"the record of what patch {after.short_id} replaced is gone")
+
+
+def _reinstate(record: Record, seen: Snapshot, memory: Memory, conditions: Conditions) -> Outcome:
+    """Put the patch of a record that is out of force in force again."""
+    module = module_of_record(record, seen.modules)
+    if module is None:
+        raise _not_whole(seen, "the image is no longer mapped")
+    _require_whole(record, seen, memory)
+    sweep(seen, memory)
+    now = situation(seen.records, module, seen.gates)
+    slots = {slot.address: slot for slot in lookup_slots(seen.modules, memory)} if record.contents.lookups else {}
+    contents = replace(
+        record.contents,
+        instance=secrets.token_hex(8),
+        tool_version=version("livegraft"),
+        time=int(time.time()),
+        journal=_journal(record, now, memory.read_many),
+        replaces=tuple(item.contents.instance for item in now.active),
+        lookups=tuple(_lookup(item, slots.get(item.slot), now, seen) for item in record.contents.lookups),
+        started=status(seen.pid).start_time,
+    )
+    data = encode_slot(contents)
+    slot = free_slot(record, data)
+    if slot is None:
+        raise _not_whole(seen, "its record has no room for what it replaces")
+    memory.write(record.address + slot, data)  # not in force until its state word says so
+    plan = _plan(record, contents, slot, now, memory, list(slots.values()))
+    gated = with_gates(plan, (*contents.journal, *journals(now)), module, seen, memory)
+    pause = carry_out(gated.plan, seen, memory, conditions, no_step)
+    return Outcome(seen.pid, seen.name, contents, State.APPLIED, False, pause, mapped_bytes(record), now.active)
+
+
+def _plan(
+    record: Record, contents: Contents, slot: int, now: Situation, memory: Memory, slots: Sequence[LookupSlot]
+) -> Plan:
+    idle = [ForbiddenRange(item.name, item.start, item.start + item.size) for item in contents.removed]
+    binding = [item for place in slots for item in place.binding]
+    return plan_apply(record, contents, slot, now, memory.read_many, idle, binding)
+
+
+def _require_whole(record: Record, seen: Snapshot, memory: Memory) -> None:
+    for segment in record.contents.segments:
+        mapping = mapping_over(seen.maps, *segment.span)
+        if mapping is None or mapping.perms != permissions(segment.flags):
+            raise _not_whole(seen, f"its mapping at {segment.start:#x} is gone")
+        if not segment.flags & PF_W and segment_digest(memory.read(*segment.span)) != segment.digest:
+            raise _not_whole(seen, f"its mapping at {segment.start:#x} holds other bytes")
+
+
+def _journal(record: Record, now: Situation, read: ReadBytes) -> tuple[JournalEntry, ...]:
+    """The journal of bringing ``record`` into force, as ``journal_for_apply`` makes it from a patch."""
+    pristine = {entry.address: entry.pristine for item in now.active for entry in item.contents.journal}
+    jumps = {entry.address: entry.after for entry in record.contents.journal if entry.after != entry.pristine}
+    unknown = [address for address in jumps if address not in pristine]
+    spans = [(address, len(jumps[address])) for address in unknown]
+    pristine.update(zip(unknown, read(spans), strict=True))
+    settled = {entry.address: entry.after for entry in now.applied.contents.journal} if now.applied else {}
+    return tuple(
+        JournalEntry(at, pristine[at], settled.get(at, pristine[at]), jumps.get(at, pristine[at]))
+        for at in sorted(pristine)
+    )
+
+
+def _lookup(item: RecordedLookup, slot: LookupSlot | None, now: Situation, seen: Snapshot) -> RecordedLookup:
+    if slot is None:
+        raise _not_whole(seen, f"the slot of {item.symbol} at {item.slot:#x} is gone")
+    if item.stand_in in Chains(now.everything).links(slot.value):
+        return item
+    if item.passes_to != slot.function:
+        raise _not_whole(seen, f"the slot of {item.symbol} at {item.slot:#x} leads elsewhere by now")
+    return replace(item, before=slot.value)
+
+
+def _not_whole(seen: Snapshot, why: str) -> LivegraftError:
+    return Refused(
+        f"what was in force in process {seen.pid} ({seen.name}) cannot be put in force again",
+        why=why,
+        next_step=f"see what it carries: livegraft status --pid {seen.pid}",
+    )
