@@ -24,7 +24,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 /* Raised with every change of what Python sees of this file; ABI of batch.py must be the same. */
-#define ABI 3
+#define ABI 4
 EXPORT int livegraft_batch_abi(void) { return ABI; }
 
 /* The text that this was built from, as a digest: a test compares it with the file. */
@@ -289,8 +289,8 @@ struct range {
 /* What there is to be done, made ready by quickpause.py. Addresses in the target are numbers. */
 struct pause {
     struct stacks *stacks;
-    const int *tids; /* all threads, seized */
-    int32_t count, unused;
+    const int *tids; /* all threads, seized but for the last of them (head of stopping.py) */
+    int32_t count, last;
     int32_t task, status, statm, memory; /* descriptors of these in /proc/PID; memory is mem */
     const char *code_size; /* the lines of /proc/PID/status that say how much code is mapped */
     uint64_t mapped[2]; /* and livegraft_mapped at that time */
@@ -328,6 +328,24 @@ static uint64_t now(void) {
     struct timespec time;
     clock_gettime(CLOCK_MONOTONIC, &time);
     return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
+}
+
+/* All others will stop before they go on in their program when the last are seized. */
+static int interrupt_all(const struct pause *pause) {
+    int others = pause->count - pause->last;
+    if (livegraft_interrupt(pause->tids, others, pause->failures))
+        return 0;
+    for (int i = others; i < pause->count; i++)
+        if (request(PTRACE_SEIZE, pause->tids[i], (void *)PTRACE_O_TRACEEXEC)) /* as stopping.py does */
+            return 0;
+    return livegraft_interrupt(pause->tids + others, pause->last, pause->failures + others) == 0;
+}
+
+/* Those that were seized last go first. */
+static void detach_all(const struct pause *pause) {
+    int others = pause->count - pause->last;
+    livegraft_detach(pause->tids + others, pause->signals, pause->last, pause->failures + others);
+    livegraft_detach(pause->tids, pause->signals, others, pause->failures);
 }
 
 static int all_stop(const struct pause *pause) {
@@ -456,7 +474,7 @@ EXPORT int livegraft_pause(struct pause *pause) {
     rehearse(pause);
     pause->written = 0;
     pause->began = now();
-    if (livegraft_interrupt(pause->tids, pause->count, pause->failures))
+    if (!interrupt_all(pause))
         return INTERRUPT;
     if (!all_stop(pause))
         return WAIT;
@@ -472,7 +490,7 @@ EXPORT int livegraft_pause(struct pause *pause) {
         return COMPARE;
     if (!write_all(pause))
         return WRITE;
-    livegraft_detach(pause->tids, pause->signals, pause->count, pause->failures);
+    detach_all(pause);
     pause->ended = now();
     return DONE;
 }

@@ -18,7 +18,7 @@ from typing import Any
 
 from . import seam
 
-ABI = 3
+ABI = 4
 """Version of what ``batch.c`` exports; a library that says another one is not used."""
 
 Failures = list[tuple[int, int]]
@@ -74,7 +74,7 @@ class WholePause(ctypes.Structure):
         ("stacks", ctypes.c_void_p),
         ("tids", ctypes.c_void_p),
         ("count", ctypes.c_int32),
-        ("unused", ctypes.c_int32),
+        ("last", ctypes.c_int32),
         ("task", ctypes.c_int32),
         ("status", ctypes.c_int32),
         ("statm", ctypes.c_int32),

@@ -224,6 +224,24 @@ def thread_count(pid: int) -> int:
     return _stat_field(read_proc_file(pid, "stat"), _STAT_THREADS)
 
 
+def addressees(pid: int) -> tuple[int, ...]:
+    """Return the threads of a process that the kernel asks whether a signal for the whole process is ignored.
+
+    That is a thread that has children for SIGCHLD (do_notify_parent, kernel/signal.c), and the main thread, which comes
+    last here, for what kill(2) sends. Where the kernel lacks CONFIG_PROC_CHILDREN it cannot be known who has children.
+    Raises BadInput (no such process).
+    """
+    return (*(tid for tid in thread_ids(pid) if tid != pid and _has_children(pid, tid)), pid)
+
+
+def _has_children(pid: int, tid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/task/{tid}/children", "rb", buffering=0) as file:
+            return bool(file.read(1))
+    except OSError:
+        return False  # no such file, or the thread has ended
+
+
 def is_socket(tid: int, descriptor: int) -> bool:
     """Return whether a descriptor of a thread is a socket; False where it is not open (any more).
 

@@ -98,26 +98,28 @@ class QuickPause:
         """When it had let go of the last thread, if it did."""
         return int(self._pause.ended)
 
-    def make(self, tids: Sequence[int]) -> Step | None:
-        """Make the pause for a process with these seized threads; None where C may not try, and nothing was done.
+    def make(self, tids: Sequence[int], last: Sequence[int]) -> Step | None:
+        """Make the pause for a process with these seized threads and those to be seized ``last``.
+
+        None where C may not try, and nothing was done.
 
         DONE: they have been let go, but for those ``left``. Otherwise they are held, as far as they have stopped.
         """
         self.wrote = False
         library = batch.active()
         question = self._check.question()
-        if library is None or question is None or not tids:
+        if library is None or question is None or not (tids or last):
             return None
-        count = len(tids)
+        count = len(tids) + len(last)
         # Ones, so that the pages exist.
-        numbers, registers = np.array(tids, dtype=np.int32), np.ones((count, REGISTER_COUNT), dtype=np.uint64)
+        numbers, registers = np.array([*tids, *last], dtype=np.int32), np.ones((count, REGISTER_COUNT), dtype=np.uint64)
         statuses, failures = np.ones(count, dtype=np.int32), np.ones(count, dtype=np.int32)
         signals, odd = np.full(count, 0, dtype=np.int32), np.ones(count, dtype=np.uint8)
         pause = self._pause
         pause.stacks = ctypes.addressof(question.stacks)
         pause.code_size, pause.mapped[:], pause.own_stacks = question.code_size, question.mapped, question.own_stacks
         pause.statm = question.statm
-        pause.tids, pause.count = numbers.ctypes.data, count
+        pause.tids, pause.count, pause.last = numbers.ctypes.data, count, len(last)
         pause.registers, pause.odd = registers.ctypes.data, odd.ctypes.data
         pause.statuses, pause.failures, pause.signals = statuses.ctypes.data, failures.ctypes.data, signals.ctypes.data
         step = library.pause(pause)

@@ -8,6 +8,11 @@
 All threads are interrupted before any is waited for, so the pause does not grow by one round trip a thread.
 A thread that appears meanwhile is found by reading ``/proc/PID/task`` again until nothing is new: when every
 known thread is stopped and no unknown one exists, nobody is left to create one.
+
+A signal that the program ignores, as most do SIGCHLD, is not ignored by the kernel while the thread that it is
+addressed to is traced (sig_ignored, kernel/signal.c). It then wakes some thread of the process (complete_signal), and
+one that does not stop, not yet or not any more, finds nothing to do and goes back to its program with EINTR. So the
+``addressees`` are seized last, after all others have been interrupted, and are let go first.
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ from elfdiff.errors import BadInput, LivegraftError
 from . import batch, obstacles, ptrace, tracees
 from .batch import Step
 from .interruption import deferred, heed
-from .proc import executed_another_program, thread_count, thread_ids
+from .proc import addressees, executed_another_program, thread_count, thread_ids
 from .quiet import Undisturbed
 from .registers_x86_64 import PLAIN_EINTR_RESULT, RAX, Registers
 from .stopped import StoppedThread, StoppedThreads
@@ -61,12 +66,15 @@ class WholePause(Protocol):
     def left(self) -> Sequence[int]:
         """The threads that it could not let go."""
 
-    def make(self, tids: Sequence[int]) -> Step | None:
-        """Make it, for these threads; return where it was left, None if it was not begun."""
+    def make(self, tids: Sequence[int], last: Sequence[int]) -> Step | None:
+        """Make it, for these threads that are seized, and those to be seized ``last``.
+
+        Returns where it was left, None if it was not begun.
+        """
 
 
 def seize(pid: int) -> SeizedProcess:
-    """Become the tracer of every thread of a process, without stopping any.
+    """Become the tracer of the threads of a process, without stopping any; of some only when it is stopped.
 
     Meant for immediate use: a signal that reaches a seized thread holds it until ``stop`` looks.
     Signals to this process are ``deferred`` until the threads are let go; one that was noted before is heeded now.
@@ -80,6 +88,8 @@ def seize(pid: int) -> SeizedProcess:
     # Stopped by Ctrl-Z between seizing and stopping, we would hold every thread that receives a signal.
     process._deferral.enter_context(deferred())
     try:
+        if thread_count(pid) > 1:
+            process._last = addressees(pid)
         process._seize_new(_OPTIONS)
     except BaseException:
         process.resume_and_detach()
@@ -101,6 +111,8 @@ class SeizedProcess:
         self.began_ns = self.pause_ns = 0
         self.realtime = False
         self._running: set[int] = set()  # seized, not known to have stopped
+        self._last: tuple[int, ...] = ()  # not seized yet
+        self._first: tuple[int, ...] = ()  # to be let go before the others
         self._stops: dict[int, Stop] = {}
         self._dead: set[int] = set()
         self._threads: Sequence[StoppedThread] = ()
@@ -120,8 +132,8 @@ class SeizedProcess:
 
     @property
     def tids(self) -> tuple[int, ...]:
-        """The seized threads that have not exited, ascending."""
-        return tuple(sorted(self._running | self._stops.keys()))
+        """The threads that are seized, or will be by ``stop``, and have not exited, ascending."""
+        return tuple(sorted({*self._running, *self._last, *self._stops}))
 
     @property
     def threads(self) -> Sequence[StoppedThread]:
@@ -139,18 +151,18 @@ class SeizedProcess:
         """
         if self._quiet is not None:
             raise AssertionError("stop() in a pause")
-        buffer = (Registers * (2 * len(self._running) + 8))()
+        buffer = (Registers * (2 * len(self.tids) + 8))()
         self._quiet = Undisturbed()
         self._quiet.__enter__()
         try:
             self.realtime = self._quiet.realtime
-            step = self._make(quick) if quick is not None else None
-            if quick is not None and step is Step.DONE:
-                self._end(quick)
-                return True
-            self.began_ns = self._began = quick.began_ns if quick is not None and step else time.monotonic_ns()
-            if step is None or step is Step.INTERRUPT:
-                _interrupt(self._running)
+            with tracees.reaping(lambda: tuple(self._running)) if self._last else nullcontext():
+                step = self._make(quick) if quick is not None else None
+                if quick is not None and step is Step.DONE:
+                    self._end(quick)
+                    return True
+                self.began_ns = self._began = quick.began_ns if quick is not None and step else time.monotonic_ns()
+                self._interrupt_all(step)
             self._stop_all(time.monotonic() + timeout, timeout)
             self._threads = self._read_threads(buffer)
             if not self._threads:
@@ -163,11 +175,24 @@ class SeizedProcess:
     def _make(self, quick: WholePause) -> Step | None:
         # A thread that does not stop would be waited for without end where no signal comes.
         with tracees.waits_end() as end:
-            return quick.make(self.tids) if end else None
+            return quick.make(sorted(self._running), self._last) if end else None
+
+    def _interrupt_all(self, step: Step | None) -> None:
+        """Interrupt all threads, and seize those that are seized last, unless it was done (``step``)."""
+        again = step is None or step is Step.INTERRUPT
+        if again:
+            _interrupt(self._running)
+        last, self._last, self._first = self._last, (), self._last
+        for tid in last:
+            alive = not again or tracees.try_seize(self.pid, tid, _OPTIONS)
+            (self._running if alive else self._dead).add(tid)
+        if again:
+            _interrupt([tid for tid in last if tid in self._running])
 
     def _end(self, quick: WholePause) -> None:
         """What ``resume_and_detach`` does, for threads that have been let go."""
         self._running.clear()
+        self._last = ()
         self._stops = dict.fromkeys(quick.left, tracees.INTERRUPTED)
         self.began_ns, self.pause_ns = quick.began_ns, quick.ended_ns - quick.began_ns
         self.resume_and_detach()
@@ -248,7 +273,8 @@ class SeizedProcess:
         while True:
             listed = thread_ids(self.pid)
             complete = len(listed) == thread_count(self.pid)
-            unknown = [tid for tid in listed if not (tid in self._running or tid in self._stops or tid in self._dead)]
+            known = {*self._running, *self._last, *self._stops, *self._dead}
+            unknown = [tid for tid in listed if tid not in known]
             if not unknown:
                 break
             several = len(unknown) + len(self._running) + len(self._stops) > 1
@@ -301,7 +327,7 @@ class SeizedProcess:
 
         Raises LivegraftError for an unexpected answer of the kernel, after all threads have been tried.
         """
-        self._threads = ()
+        self._threads = self._last = ()
         failures: list[LivegraftError] = []
         try:
             # Those that are stopped do not wait for the ones that still run.
@@ -321,7 +347,8 @@ class SeizedProcess:
             raise failures[0]
 
     def _detach_stopped(self, failures: list[LivegraftError]) -> None:
-        failures += tracees.detach_all(self._stops)
+        stops = {tid: self._stops[tid] for tid in self._first if tid in self._stops} | self._stops
+        failures += tracees.detach_all(stops)
         self._stops.clear()
 
     def _stop_running(self, failures: list[LivegraftError]) -> None:

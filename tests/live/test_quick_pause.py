@@ -75,7 +75,7 @@ def observed(monkeypatch: pytest.MonkeyPatch) -> Observed:
     made = QuickPause.make
     observed = Observed()
     monkeypatch.setattr(quickpause, "_PATIENCE_NS", int(PATIENCE * 1e9))  # a machine may have no CPU to spare
-    monkeypatch.setattr(QuickPause, "make", lambda self, tids: observed.make(lambda: made(self, tids)))
+    monkeypatch.setattr(QuickPause, "make", lambda self, *tids: observed.make(lambda: made(self, *tids)))
     return observed
 
 

@@ -43,7 +43,7 @@ def test_without_it_python_does_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("spoil", "why"),
     [
-        ("batch.ABI = -1", "stale: built for version 3, wanted is -1"),
+        ("batch.ABI = -1", "stale: built for version 4, wanted is -1"),
         ("batch.find_spec = lambda name: None", "not built"),
         ("batch.find_spec = lambda name: type('Spec', (), {'origin': '/dev/null'})", "cannot be opened"),
     ],
