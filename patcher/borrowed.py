@@ -21,7 +21,7 @@ from trampolines.stub_x86_64 import RESTORED, RETURN_OFFSET, stub_bytes
 from . import ptrace, seam, tracees
 from .memory import Memory
 from .obstacles import filter_stays
-from .proc import no_such_process, status, thread_ids
+from .proc import has_children, no_such_process, status, thread_ids
 from .ptrace import Option, PtraceFailed
 from .registers_x86_64 import (
     NO_SYSCALL,
@@ -54,7 +54,8 @@ _FAILING = PLAIN_EINTR | {
 _SECCOMP_STRICT = 1  # /proc/PID/status, Seccomp; read is one of the four calls that it allows (seccomp(2))
 _ARGUMENTS = ("rdi", "rsi", "rdx", "r10", "r8", "r9")  # psABI appendix A.2.1
 _WORD_MASK = (1 << 64) - 1
-_FILTERED = 3  # above every other rank
+_PARENT = 3
+_FILTERED = 6  # above every other rank
 
 _STOP_TIMEOUT = 0.25  # seconds for one thread to stop before the next is asked
 _CALL_TIMEOUT = 10.0  # seconds for a call; mmap may wait for the lock of the whole address space
@@ -260,8 +261,10 @@ def by_preference(pid: int) -> list[int]:
     """Return the threads of a process that may be asked to make a system call, the best first.
 
     Best is one that sleeps in a call that the kernel restarts by itself: nobody waits for it, and if this
-    process is killed just when the thread stops, not even EINTR is seen. Those under a system-call filter come
-    last: if this process is killed just when one enters a call, the filter judges it. Raises BadInput (it has exited).
+    process is killed just when the thread stops, not even EINTR is seen. Those that have children come later: if a
+    child dies while one is stopped, another thread may be told EINTR (head of ``stopping``). Those under a
+    system-call filter come last: if this process is killed just when one enters a call, the filter judges it.
+    Raises BadInput (it has exited).
     """
     ranks: dict[int, int] = {}
     alive = False
@@ -273,6 +276,7 @@ def by_preference(pid: int) -> list[int]:
         alive |= found.state not in "ZX"
         if found.state in "SRT":
             ranks[tid] = 1 if found.state == "R" else 2 if _sleeps_in_plain_eintr(tid) else 0
+            ranks[tid] += _PARENT if has_children(pid, tid) else 0
             ranks[tid] += _FILTERED if found.seccomp else 0
     if not alive:
         raise no_such_process(pid)

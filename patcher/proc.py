@@ -231,10 +231,11 @@ def addressees(pid: int) -> tuple[int, ...]:
     last here, for what kill(2) sends. Where the kernel lacks CONFIG_PROC_CHILDREN it cannot be known who has children.
     Raises BadInput (no such process).
     """
-    return (*(tid for tid in thread_ids(pid) if tid != pid and _has_children(pid, tid)), pid)
+    return (*(tid for tid in thread_ids(pid) if tid != pid and has_children(pid, tid)), pid)
 
 
-def _has_children(pid: int, tid: int) -> bool:
+def has_children(pid: int, tid: int) -> bool:
+    """Whether a thread of a process has children of its own; false where it cannot be known."""
     try:
         with open(f"/proc/{pid}/task/{tid}/children", "rb", buffering=0) as file:
             return bool(file.read(1))

@@ -294,6 +294,14 @@ def test_a_parent_in_vfork_is_not_waited_for(build: Build) -> None:
         assert by_preference(target.pid) == [thread_ids(target.pid)[1]]
 
 
+def test_a_thread_that_has_children_is_not_asked_before_others(build: Build) -> None:
+    """Though it waits in pause(2), and they in epoll_wait(2), which a stop may end with EINTR."""
+    with running([build("children"), "1"]) as target:
+        main, other, parent = thread_ids(target.pid)
+        wait_until(lambda: {state_of(tid) for tid in (main, other, parent)} == {"S"}, "the threads to wait")
+        assert by_preference(target.pid) == [main, other, parent]
+
+
 @pytest.mark.parametrize("program", [("states", "exec"), ("sharing",)])
 def test_an_execve_meanwhile_is_an_error_and_harmless(build: Build, program: tuple[str, ...]) -> None:
     """Even if the address space that was opened lives on, since a child of vfork(2) is in it."""
