@@ -41,6 +41,7 @@ VERBS = {
     "blocking": "Show what is in the way of a patch.",
     "status": "Show which patches a process carries.",
     "doctor": "Say whether livegraft can work here, and on a process.",
+    "rehearse": "Rehearse a patch under load, as a job of a CI.",
     "outdated": "List the processes that run files which were replaced on disk.",
 }
 """Verb -> first line of its module's docstring; here too, so that the help needs none of the modules."""
