@@ -51,6 +51,8 @@ lint: $(VENV)/.development ## check style and types
 	@$(RUN) -m mypy
 	@$(RUN) -m mypy -p fixtures
 	@$(RUN) -m mypy -p bench
+	@$(RUN) -m mypy examples/memcached/client.py
+	@$(RUN) -m mypy examples/vsftpd/client.py
 
 clean: ## remove what was set up, built and fetched
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info patcher/_batch.*.so

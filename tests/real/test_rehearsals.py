@@ -1,0 +1,61 @@
+"""The rehearsals of examples/, as a maintainer would run them; only the builds are ours, and the cycles are fewer."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from fixtures import recipes
+from fixtures.source import Built, Recipe
+from tests.conftest import ROOT, Livegraft
+
+pytestmark = [pytest.mark.apt, pytest.mark.root]
+
+CYCLES = 3
+Pair = Callable[[Recipe], tuple[Built, Built]]
+PLAIN = "/usr/lib/x86_64-linux-gnu/sasl2/libplain.so"
+
+
+def rehearsed(name: str, pair: tuple[Built, Built], livegraft: Livegraft, folder: Path) -> dict[str, Any]:
+    """The example passes; what it says."""
+    example, report = folder / name, folder / "report.xml"
+    shutil.copytree(ROOT / "examples" / name, example)
+    for label, build in zip(("old", "new"), pair, strict=True):
+        (example / label).mkdir()
+        shutil.copy(build.stripped(name), example / label / name)
+    file = example / "rehearsal.toml"
+    assert "\ncycles = 10\nhold = 0.5 " in file.read_text()
+    file.write_text(file.read_text().replace("cycles = 10\nhold = 0.5 ", f"cycles = {CYCLES}\nhold = 0.2 "))
+    said = livegraft("rehearse", file, "--json", "--junit", report).json
+    assert said["verdict"] == "passed" and said["cycles"] == {"asked": CYCLES, "made": CYCLES}
+    assert said["load"]["requests"] > 0 and said["load"]["failed"] == 0
+    suite = ElementTree.parse(report).getroot()[0]
+    assert suite.attrib["failures"] == "0" and suite.attrib["tests"] == str(len(said["steps"]))
+    print(f"\n{name}: pauses {said['pause_us']}, load {said['load']}")
+    return said
+
+
+def test_vsftpd(source_pair: Pair, livegraft: Livegraft, tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    rehearsed("vsftpd", source_pair(recipes.VSFTPD), livegraft, tmp_path)
+
+
+def test_vsftpd_does_not_pass_with_the_builds_exchanged(
+    source_pair: Pair, livegraft: Livegraft, tmp_path: Path
+) -> None:
+    """The probes can tell."""
+    with pytest.raises(AssertionError, match="a file that deny_file names: not the answer that is expected before"):
+        old, new = source_pair(recipes.VSFTPD)
+        rehearsed("vsftpd", (new, old), livegraft, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not Path(PLAIN).exists(), reason="libsasl2-modules is not installed: no logins by password")
+def test_memcached(source_pair: Pair, livegraft: Livegraft, tmp_path: Path) -> None:
+    """The fix of CVE-2026-47784 reads the whole file of passwords, which a user with two lines in it can see."""
+    rehearsed("memcached", source_pair(recipes.MEMCACHED), livegraft, tmp_path)
