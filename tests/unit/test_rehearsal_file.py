@@ -48,7 +48,7 @@ def test_the_shortest_file_and_what_it_leaves_unsaid(folder: Path) -> None:
     assert probe.before.fits("1\n") and not probe.before.fits("12") and probe.expect.search("\n")
 
 
-@pytest.mark.parametrize("page", ["docs/rehearsal.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/rehearsal.md"])
 def test_the_files_that_are_shown_are_right(page: str, folder: Path) -> None:
     blocks = [part.split("```")[0] for part in (ROOT / page).read_text().split("```toml\n")[1:]]
     assert blocks
