@@ -39,7 +39,9 @@ _NO_TRACEE = -1
 _NAP = 50e-6
 _PATIENCE = 5e-3  # seconds until it is asked whether something is in the way
 _LEAVING = 1.0  # seconds for a killed thread to notice
+_GOODBYE = 5.0  # seconds for a thread that only lacks a processor to stop
 _REST = 1e-3
+_UNINTERRUPTIBLE = "D"  # state of proc(5)
 
 # A stop is only looked at (WNOWAIT) and never taken: what has been taken is gone, and a tracer that died between
 # waitpid(2) and PTRACE_DETACH would leave a thread whose signal is lost (wait_task_stopped, kernel/exit.c, zeroes the
@@ -255,10 +257,20 @@ def _put_right(tid: int, stop: Stop) -> None:
 
 
 def reap() -> None:
-    """Take notice of the deaths of abandoned threads, which are about to come; until then nobody else hears of them."""
-    end = time.monotonic() + _LEAVING
-    while release_abandoned() and any(map(is_leaving, _abandoned)) and time.monotonic() < end:
+    """Let go of abandoned threads that are about to stop, and take notice of the deaths of those about to die.
+
+    For the end of a command: what stops later stands still until this process comes back to it, or ends.
+    """
+    end = time.monotonic() + _GOODBYE
+    while release_abandoned() and any(map(_is_about_to_stop, _abandoned)) and time.monotonic() < end:
         time.sleep(_REST)
+
+
+def _is_about_to_stop(tid: int) -> bool:
+    try:
+        return is_leaving(tid) or status(tid).state != _UNINTERRUPTIBLE
+    except BadInput:
+        return True  # it has ended, and is to be reaped
 
 
 @contextmanager
