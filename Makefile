@@ -28,7 +28,7 @@ test-real: $(VENV)/.development ## the long tests: tor, frr and memcached built 
 	@bash .ci/tools real
 	@LIVEGRAFT_REAL=1 $(RUN) -m pytest -m long tests/real $(ARGS)
 
-soak: $(VENV)/.development ## the long runs: faults at every operation, kills at random, cycles (ROUNDS=n kills)
+soak: $(VENV)/.development ## the long runs: faults at every operation (LIVEGRAFT_EVERY=n: at every n-th), kills at random, cycles (ROUNDS=n kills)
 	@bash .ci/tools all
 	@LIVEGRAFT_SOAK=1 LIVEGRAFT_ROUNDS=$(ROUNDS) $(RUN) -m pytest -s -m soak tests/live $(ARGS)
 

@@ -17,7 +17,6 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +26,7 @@ from elfdiff.errors import LivegraftError, Refused
 from trampolines.entry_x86_64 import ENTRY_JUMP_SIZE
 
 from .callsites_x86_64 import LONGEST_CALL, ends_with_call
+from .closing import Closing
 from .deepmemory import LEAD, Chunk, DeepMemory, Survey
 from .forbidden import ForbiddenRange, ForbiddenRanges
 from .frames_x86_64 import SIGFRAME_RIP
@@ -98,7 +98,7 @@ def _together(hits: Sequence[_Hits]) -> _Hits:
 _PLAIN, _MANGLED, _SIGNAL = range(3)
 
 
-class DeepCheck:
+class DeepCheck(Closing):
     """Searches the memory of one process; a context manager."""
 
     def __init__(
@@ -126,16 +126,6 @@ class DeepCheck:
         self._found: tuple[Found, ...] = ()
         self._start_stack = start_stack(memory.pid)
         self._deep = DeepMemory(memory.pid)
-
-    def __enter__(self) -> DeepCheck:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close what it has opened."""
-        self.close()
 
     def close(self) -> None:
         """Close what it has opened. May be called twice."""

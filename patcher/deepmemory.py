@@ -14,7 +14,6 @@ import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from elfdiff.errors import LivegraftError, NotPermitted
 
 from . import seam
+from .closing import Closing
 from .proc import Mapping, by_living_thread, living_thread, mapping_over, mappings, no_such_process
 from .stackmemory import process_vm_readv
 
@@ -104,7 +104,7 @@ class Chunk:
         return np.asarray(np.repeat(begins, counts) + _RAMP[: len(self.words)], dtype=np.uint64)
 
 
-class DeepMemory:
+class DeepMemory(Closing):
     """The memory of one process in which stacks may lie; a context manager."""
 
     def __init__(self, pid: int, *, may_scan: bool = True) -> None:
@@ -115,16 +115,6 @@ class DeepMemory:
         self._regions = np.zeros((_REGIONS, _REGION_WORDS), dtype=np.uint64)
         self._descriptor = -1
         self._descriptor = by_living_thread(pid, lambda tid: _open_pagemap(pid, tid))
-
-    def __enter__(self) -> DeepMemory:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the descriptor."""
-        self.close()
 
     def close(self) -> None:
         """Close the descriptor. May be called twice."""

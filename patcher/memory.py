@@ -12,11 +12,11 @@ import errno
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
 
 from elfdiff.errors import LivegraftError, NotPermitted
 
 from . import seam
+from .closing import Closing
 from .proc import by_living_thread, executed_another_program, has_exited, living_thread, no_such_process
 
 Poke = Callable[[int, int], None]
@@ -41,7 +41,7 @@ def _process_vm_readv() -> Callable[..., int]:
     return function
 
 
-class Memory:
+class Memory(Closing):
     """The memory of one process, open for reading and writing; a context manager.
 
     ``poke`` is used for writes into mappings that are not writable where the kernel keeps ``/proc/PID/mem``
@@ -54,16 +54,6 @@ class Memory:
         self.pid = pid
         self.poke = poke
         self._descriptor = by_living_thread(pid, lambda tid: _open_mem(pid, tid))
-
-    def __enter__(self) -> Memory:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the descriptor."""
-        self.close()
 
     def close(self) -> None:
         """Close the descriptor; further reads and writes raise ValueError. May be called twice."""

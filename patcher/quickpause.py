@@ -11,12 +11,12 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
-from types import TracebackType
 
 import numpy as np
 
 from . import batch
 from .batch import Call, Step
+from .closing import Closing
 from .memory import Memory
 from .proc import by_living_thread, open_proc_file
 from .quiescence import StackCheck
@@ -32,7 +32,7 @@ for _number, _what in _REPAIRS.items():
     _CALLS[_number] = _what
 
 
-class QuickPause:
+class QuickPause(Closing):
     """For the writes of one plan; a context manager. Build it before the pause.
 
     After ``make``: ``began_ns`` and ``ended_ns`` (CLOCK_MONOTONIC), ``wrote`` if it has begun to write and did not
@@ -69,16 +69,6 @@ class QuickPause:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> QuickPause:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close what it has opened."""
-        self.close()
 
     def close(self) -> None:
         """Close the descriptors. May be called twice."""

@@ -15,7 +15,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from elfdiff.errors import LivegraftError, NotPermitted
 
 from . import seam
+from .closing import Closing
 from .proc import Mapping, by_living_thread, living_thread, mappings, open_proc_file
 
 # ioctl PROCMAP_QUERY on /proc/PID/maps (include/uapi/linux/fs.h; kernel commit ed5d583a88a9, v6.11): one mapping
@@ -70,7 +70,7 @@ class StackWords:
         return view[offset : offset + size].tobytes()
 
 
-class StackMemory:
+class StackMemory(Closing):
     """The stacks of one process; a context manager.
 
     Meant for the pause: the buffer is kept, since memory that was never touched costs a page fault for each
@@ -86,16 +86,6 @@ class StackMemory:
         self._mappings: tuple[Mapping, ...] | None = None
         self._tid = pid
         self._descriptor = by_living_thread(pid, lambda tid: open_proc_file(pid, f"task/{tid}/maps"))
-
-    def __enter__(self) -> StackMemory:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the descriptor."""
-        self.close()
 
     def close(self) -> None:
         """Close the descriptor. May be called twice."""
