@@ -51,15 +51,7 @@ class Cache:
     def __init__(self, folder: Path, limit: int = LIMIT) -> None:
         """Open or make the folder; ``limit`` in bytes. Raises NotPermitted where it is not this user's alone."""
         self._limit = limit
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError as error:
-            raise _refused(folder, str(error)) from error
-        status = os.fstat(self._folder)
-        if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-            os.close(self._folder)
-            raise _refused(folder, f"user {status.st_uid} owns it, its mode is {stat.S_IMODE(status.st_mode):#o}")
+        self._folder = own_folder(folder, "name another folder (--cache-dir, LIVEGRAFT_CACHE), or use --no-cache")
 
     def __enter__(self) -> Cache:
         """Return itself."""
@@ -147,11 +139,29 @@ class Cache:
             _log.debug("cache entry %s cannot be deleted: %s", name, error)
 
 
-def _refused(folder: Path, why: str) -> NotPermitted:
+def own_folder(folder: Path, instead: str) -> int:
+    """Return a descriptor of a folder that only this user can write to, made where there is none; the caller closes it.
+
+    ``instead`` is what can be done where that is another's folder. Raises NotPermitted.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise _refused(folder, str(error), instead) from error
+    status = os.fstat(descriptor)
+    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        os.close(descriptor)
+        why = f"user {status.st_uid} owns it, its mode is {stat.S_IMODE(status.st_mode):#o}"
+        raise _refused(folder, why, instead)
+    return descriptor
+
+
+def _refused(folder: Path, why: str, instead: str) -> NotPermitted:
     return NotPermitted(
         f"{folder}: not a folder of this user alone, so nothing in it can be believed",
         why=why,
-        next_step=f"chmod go-w {folder}, name another folder (--cache-dir, LIVEGRAFT_CACHE), or use --no-cache",
+        next_step=f"chmod go-w {folder}, {instead}",
     )
 
 
@@ -159,13 +169,13 @@ def _name(image: Image) -> str:
     """The name of an image's entry: by its content and by what makes the analysis."""
     layout = (image.build_id, image.fixed_address, image.base, image.segments, image.sections)
     unwind = (image.eh_frame_hdr, image.eh_frame)
-    key = hashlib.sha256(f"{_sources()}{np.__version__}{layout}{unwind}".encode())
+    key = hashlib.sha256(f"{sources()}{np.__version__}{layout}{unwind}".encode())
     key.update(np.ascontiguousarray(image.memory).data)
     return f"{image.build_id[:16]}-{key.hexdigest()[:40]}"
 
 
 @cache
-def _sources() -> str:
+def sources() -> str:
     """A digest of this package's sources: a change to any of them may change what an analysis says."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):

@@ -101,7 +101,7 @@ def test_another_build_or_another_analysis_has_another_entry(
         cache.code(first)
         assert_same(cache.code(second), load_code(second))
         assert len(entries(folder)) == 2
-        monkeypatch.setattr(cache_module, "_sources", lambda: "edited")
+        monkeypatch.setattr(cache_module, "sources", lambda: "edited")
         cache.code(first)
     assert len(entries(folder)) == 3
 
