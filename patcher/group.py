@@ -11,7 +11,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from elfdiff.errors import BadInput, Interrupted, LivegraftError, NoSuchPatch, NotConcerned, Partial, TargetDamaged
+from elfdiff.errors import (
+    BadInput,
+    Interrupted,
+    LivegraftError,
+    NoSuchPatch,
+    NotConcerned,
+    NothingToPatch,
+    Partial,
+    TargetDamaged,
+)
 
 from .conditions import Conditions
 from .interruption import acknowledge
@@ -31,7 +40,7 @@ class End(Enum):
 
     DONE = "done"  # as its outcome says
     FAILED = "failed"  # as it was before, and the error says why
-    PASSED = "not-concerned"  # the patch is not for what it runs, or it carries none that could be reverted
+    PASSED = "not-concerned"  # the patch is not for what it runs, or there is nothing to revert or to upgrade
     EXITED = "exited"  # before it was its turn
     UNTRIED = "not-tried"  # the command ended before it was its turn
     TAKEN_BACK = "rolled-back"  # done, and then as before again
@@ -157,7 +166,7 @@ class _Work:
         process = pin.process
         try:
             return Result(process, End.DONE, self._act(pin))
-        except (NotConcerned, NoSuchPatch) as error:
+        except (NotConcerned, NoSuchPatch, NothingToPatch) as error:
             return Result(process, End.PASSED, error=error)
         except Interrupted as error:
             acknowledge()

@@ -38,6 +38,7 @@ class By(Enum):
     NAME = "name"
     UNIT = "unit"
     TREE = "tree"
+    ALL = "all"  # every process there is, but for kernel threads and ourselves
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class Selection:
     @property
     def words(self) -> str:
         """It as an option, for messages."""
-        return f"--{self.by.value} {self.value}"
+        return f"--{self.by.value} {self.value}".rstrip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +193,8 @@ def choose(
 
 def _is_meant(process: Listed, selection: Selection) -> bool:
     value = selection.value
+    if selection.by is By.ALL:
+        return True
     if selection.by is By.PID:
         return process.pid == int(value)
     if selection.by is By.NAME:
@@ -258,9 +261,10 @@ def select_again(selection: Selection, known: Collection[Key]) -> tuple[Listed, 
 
 
 def _none(selection: Selection, hidden: int) -> BadInput:
-    if selection.by is By.TREE:
+    if selection.by in (By.TREE, By.PID):
         return no_such_process(int(selection.value))
     meanings = {
+        By.ALL: "this user may see no other process",
         By.EXE: f"no process runs the file {_paths(selection.value)[0]}",
         By.NAME: f"no process has the name {selection.value!r} in /proc/PID/comm",
         By.UNIT: f"no process is in the control group of unit {selection.value}",

@@ -48,12 +48,12 @@ def add_pid(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pid", type=process_id, required=True, metavar="PID", help="the process")
 
 
-def add_selection(parser: argparse.ArgumentParser, *, changes: bool = True) -> None:
+def add_selection(parser: argparse.ArgumentParser, *, changes: bool = True, required: bool = True) -> None:
     """Add ``--pid``, ``--exe``, ``--name``, ``--unit``, ``--tree`` and ``--all``: which processes to work on.
 
-    With ``changes`` also ``--atomic``.
+    With ``changes`` also ``--atomic``; ``required`` says that one of the first five must be given.
     """
-    which = parser.add_argument_group("which processes").add_mutually_exclusive_group(required=True)
+    which = parser.add_argument_group("which processes").add_mutually_exclusive_group(required=required)
     which.add_argument("--pid", type=process_id, metavar="PID", help="this process")
     which.add_argument("--exe", type=_not_empty, metavar="PATH", help="those that run this file, also a deleted one")
     which.add_argument("--name", type=_not_empty, metavar="NAME", help="those of this name (ps -o comm)")

@@ -29,10 +29,10 @@ def group_report(group: Group, selection: Selection, to_json: ToJson, to_text: T
         "settled": group.settled,
         "processes": [_json(item, to_json) for item in group.results],
     }
-    text = [line for item in group.results for line in _lines(item, to_text)]
+    text = [line for item in group.results for line in process_lines(item, to_text)]
     if code == 0:
-        return Report(body, [*text, _counts(group)])
-    error = _summary(group)
+        return Report(body, [*text, counts_line(group)])
+    error = summary_error(group)
     body["error"] = error_json(error)
     first, *others = error_lines(error)
     return Report(body, text, code, [f"livegraft: {first}", *others])
@@ -59,15 +59,15 @@ def _json(result: Result, to_json: ToJson) -> dict[str, Any]:
     return {
         **own,
         "result": result.end.value,
-        "exit": exit_json(_code(result)),
+        "exit": exit_json(result_code(result)),
         "late": result.late,
         "inherited": outcome is not None and inherited(process, outcome),
         **({"error": error_json(error)} if error is not None else {}),
     }
 
 
-def _code(result: Result) -> int:
-    """The exit status that the command would have had for this process alone."""
+def result_code(result: Result) -> int:
+    """Return the exit status that the command would have had for this process alone."""
     from ..group import End
 
     if result.error is not None:
@@ -75,7 +75,8 @@ def _code(result: Result) -> int:
     return LivegraftError.exit_code if result.end in (End.UNTRIED, End.TAKEN_BACK) else 0
 
 
-def _lines(result: Result, to_text: ToText) -> list[str]:
+def process_lines(result: Result, to_text: ToText) -> list[str]:
+    """Return what became of one process, for people; ``to_text`` says it of one that was done."""
     from ..group import End
 
     outcome = result.outcome
@@ -101,7 +102,8 @@ def _lines(result: Result, to_text: ToText) -> list[str]:
     return [f"{head} {said}: {name}", *(f"  {safe(line)}" for line in error_lines(result.error))]
 
 
-def _counts(group: Group) -> str:
+def counts_line(group: Group) -> str:
+    """Return how many processes came to what."""
     from ..group import End
 
     words = {
@@ -118,8 +120,8 @@ def _counts(group: Group) -> str:
     return f"{processes}: {', '.join(counts)}"
 
 
-def _summary(group: Group) -> LivegraftError:
-    """What went wrong with all of them, in a few words; each one's own error stands with it."""
+def summary_error(group: Group) -> LivegraftError:
+    """Return what went wrong with all of them, in a few words; each one's own error stands with it."""
     from ..group import End
 
     why, next_step = "", "see what each says; run the command again for those that were not done"
@@ -137,4 +139,4 @@ def _summary(group: Group) -> LivegraftError:
         next_step = first.next_step if first else "ps -eo pid,comm,exe lists what runs"
     if group.took_back is False:
         why += "; and there was no end to rolling back, since new processes went on appearing"
-    return LivegraftError(_counts(group), why=why, next_step=next_step)
+    return LivegraftError(counts_line(group), why=why, next_step=next_step)
