@@ -19,7 +19,7 @@ from elfdiff.errors import BadInput, NotPermitted, Refused
 from .memory import Memory
 from .modules import PT_NOTE, Module, build_id_in_notes, modules
 from .packages import owners
-from .proc import mappings, status
+from .proc import by_living_thread, mappings, no_such_process, status
 from .record import Record, State, find_records
 
 _CODE = re.compile(rb"^[0-9a-f]+-[0-9a-f]+ ..x. [0-9a-f]+ ([0-9a-f]+):([0-9a-f]+) (\d+) +(/.*)$", re.MULTILINE)
@@ -83,7 +83,7 @@ def survey() -> Survey:
     looked_at = unreadable = 0
     for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):  # noqa: PTH208
         try:
-            suspicious = searcher.suspicious(pid)
+            suspicious = searcher.suspicious(pid, pid)
             looked_at += 1
             process = _look_closer(pid, suspicious) if suspicious else None
         except (BadInput, FileNotFoundError, ProcessLookupError):
@@ -96,19 +96,46 @@ def survey() -> Survey:
     return Survey(looked_at, unreadable, _with_packages(found))
 
 
+def outdated_process(pid: int) -> OutdatedProcess | None:
+    """Return what is outdated in one process, None where nothing is; packages are not asked for.
+
+    Raises BadInput (no such process), NotPermitted, LivegraftError.
+    """
+    try:
+        suspicious = by_living_thread(pid, lambda tid: _Searcher().suspicious(pid, tid))
+    except PermissionError as error:
+        raise NotPermitted(
+            f"what process {pid} has mapped may not be seen",
+            why=str(error),
+            next_step="run as the owner of the process with ptrace rights, or as root",
+        ) from error
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise no_such_process(pid) from error
+    return _look_closer(pid, suspicious) if suspicious else None
+
+
+def has_our_mounts(pid: int, tid: int) -> bool:
+    """Whether a thread of a process sees the file systems that we see, so that a path means the same to both.
+
+    Raises OSError where that may not be known, or the thread has ended.
+    """
+    return os.readlink(f"/proc/{pid}/task/{tid}/ns/mnt") == os.readlink("/proc/self/ns/mnt")  # noqa: PTH115
+
+
 class _Searcher:
     """Searches mappings for files that are no longer what lies at their path; each path is asked about once."""
 
     def __init__(self) -> None:
-        self._own = os.readlink("/proc/self/ns/mnt")  # noqa: PTH115
         self._files: dict[bytes, tuple[int, int, int] | None] = {}
 
-    def suspicious(self, pid: int) -> set[str]:
-        with open(f"/proc/{pid}/maps", "rb") as file:
+    def suspicious(self, pid: int, tid: int) -> set[str]:
+        """Paths of a process, looked at by way of one of its threads, whose files may have been replaced."""
+        with open(f"/proc/{pid}/task/{tid}/maps", "rb") as file:
             mapped = {match.groups() for match in _CODE.finditer(file.read())}
         if not mapped:
             return set()  # a kernel thread, a zombie, or statically linked in memory
-        root = b"" if self._is_at_home(pid) else f"/proc/{pid}/root".encode()
+        # Paths in /proc/PID/maps are told from the reader's root: a chroot of the target changes nothing.
+        root = b"" if has_our_mounts(pid, tid) else f"/proc/{pid}/task/{tid}/root".encode()
         found = set()
         for major, minor, inode, path in mapped:
             if path.startswith(_NOT_FILES):
@@ -118,10 +145,6 @@ class _Searcher:
             elif self._identity(root + path) != (int(major, 16), int(minor, 16), int(inode)):
                 found.add(os.fsdecode(path))
         return found
-
-    def _is_at_home(self, pid: int) -> bool:
-        # Paths in /proc/PID/maps are told from the reader's root: a chroot of the target changes nothing.
-        return os.readlink(f"/proc/{pid}/ns/mnt") == self._own  # noqa: PTH115
 
     def _identity(self, path: bytes) -> tuple[int, int, int] | None:
         if path not in self._files or path.startswith(b"/proc/"):
