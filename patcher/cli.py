@@ -43,6 +43,7 @@ VERBS = {
     "doctor": "Say whether livegraft can work here, and on a process.",
     "rehearse": "Rehearse a patch under load, as a job of a CI.",
     "outdated": "List the processes that run files which were replaced on disk.",
+    "upgrade": "Bring processes up to the files that replaced theirs on disk.",
 }
 """Verb -> first line of its module's docstring; here too, so that the help needs none of the modules."""
 

@@ -1,0 +1,316 @@
+"""Upgrades: a process that runs old builds is patched to the builds that lie on disk now, one image after the other.
+
+Libraries come first, in the order of their addresses, and the executable last: an old program with a new library is
+what a package manager also makes, a new program with an old library is not. At the first image that cannot be patched
+the others of the process are left alone, for the same reason.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from elfdiff.diff import Options, diff
+from elfdiff.errors import (
+    BadInput,
+    Busy,
+    Interrupted,
+    LivegraftError,
+    NothingToPatch,
+    NotPermitted,
+    Partial,
+    Refused,
+    TargetDamaged,
+)
+from elfdiff.patchobject import PatchObject
+
+from . import transaction
+from .conditions import Conditions
+from .interruption import heed
+from .memory import Memory
+from .modules import Module, modules
+from .outdated import FileState, OutdatedFile, OutdatedProcess, outdated_process
+from .proc import by_living_thread, mappings
+from .record import Record, State, find_records
+from .selection import Key, Pin
+from .transaction import Outcome
+from .upgradecache import PatchCache, name_of
+from .upgradefiles import FilePair, as_paths, held_files, require_unchanged
+
+_DELETED = " (deleted)"
+
+
+class Fate(Enum):
+    """What became of one file of a process; the values are stable names."""
+
+    PATCHED = "patched"  # the process runs the build on disk now
+    PATCHABLE = "patchable"  # of a dry run: it would
+    ALREADY = "already"  # it carries a patch to that build
+    NOTHING = "nothing-to-patch"  # the builds do not differ in anything that matters
+    REFUSED = "refused"  # not safe, or there is no new build
+    BUSY = "busy"  # a function stayed live
+    FAILED = "failed"  # the error says why
+    UNTRIED = "not-tried"  # another file of the process could not be patched
+
+
+GOOD = (Fate.PATCHED, Fate.PATCHABLE, Fate.ALREADY)
+
+
+@dataclass(frozen=True, slots=True)
+class UpgradedFile:
+    """What became of one file. ``compared`` says that its patch was made for it, and not found in the cache."""
+
+    file: OutdatedFile
+    fate: Fate
+    outcome: Outcome | None = None
+    patch: PatchObject | None = None
+    error: LivegraftError | None = None
+    compared: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Upgraded:
+    """What became of the outdated files of a process, in the order of their turns; ``unit`` as in ``outdated``."""
+
+    unit: str
+    files: tuple[UpgradedFile, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Image:
+    """An outdated file as it is mapped; ``record`` is the patch in force to the build that lies on disk, if any."""
+
+    file: OutdatedFile
+    module: Module
+    record: Record | None
+
+
+class Patches:
+    """A patch for each pair of builds: of this run, from the cache, or newly made. Refusals last for the run only."""
+
+    def __init__(self, cache: PatchCache) -> None:
+        """Keep patches in ``cache``."""
+        self._cache = cache
+        self._known: dict[str, PatchObject | LivegraftError] = {}
+
+    def patch_of(self, pair: FilePair, file: OutdatedFile) -> tuple[PatchObject, bool]:
+        """Return the patch for two files, and whether they had to be compared.
+
+        Raises NothingToPatch, Refused, and LivegraftError where a file was replaced meanwhile.
+        """
+        builds = (file.running, file.on_disk)
+        name = name_of(pair, builds)
+        compared = False
+        if name not in self._known:
+            kept = self._cache.read(name, builds)
+            compared = kept is None
+            self._known[name] = self._made(name, pair, builds) if kept is None else kept
+        known = self._known[name]
+        if isinstance(known, LivegraftError):
+            raise known
+        return known, compared
+
+    def _made(self, name: str, pair: FilePair, builds: tuple[str, str]) -> PatchObject | LivegraftError:
+        try:
+            patch = compare_files(pair)
+        except (Refused, NothingToPatch) as error:
+            return _said(error, type(error), str)  # whose traceback does not hold both builds in memory
+        if (patch.old.build_id, patch.new.build_id) != builds:
+            raise LivegraftError(
+                f"{pair.new.path} was replaced while it was looked at",
+                why=f"found were {patch.old.build_id} and {patch.new.build_id}, before {' and '.join(builds)}",
+                next_step="wait until the upgrade is over, and try again",
+            )
+        return self._cache.write(name, patch)
+
+
+def compare_files(pair: FilePair) -> PatchObject:
+    """Return the patch from the file that is mapped to the one on disk; what ``diff`` raises names them so.
+
+    What is no build of the same program is Refused. Raises LivegraftError where a file was replaced meanwhile.
+    """
+    with as_paths(pair) as (old, new):
+
+        def named(text: str) -> str:
+            return text.replace(str(old), f"the running {pair.old.path}").replace(str(new), pair.new.path)
+
+        try:
+            patch = diff(old, new, Options())
+        except (BadInput, Refused, NothingToPatch) as error:
+            require_unchanged(pair)
+            kind = Refused if isinstance(error, BadInput) else type(error)
+            raise _said(error, kind, named) from error
+    require_unchanged(pair)
+    return patch
+
+
+def _said(error: LivegraftError, kind: type[LivegraftError], named: Callable[[str], str]) -> LivegraftError:
+    """The same error in other words."""
+    details = tuple(map(named, error.details))
+    said = kind(named(error.what), why=named(error.why), next_step=named(error.next_step), details=details)
+    if isinstance(said, Refused) and isinstance(error, Refused):
+        said.findings = error.findings
+    return said
+
+
+class Upgrade:
+    """The upgrade of several processes, one at a time by ``act``; ``done`` is what became of each so far."""
+
+    def __init__(self, cache: PatchCache, conditions: Conditions, *, dry_run: bool, everybody: bool) -> None:
+        """``everybody``: processes were not named, so one that may not be looked at is counted and passed over."""
+        self.done: dict[Key, Upgraded] = {}
+        self.unreadable = 0
+        self._patches = Patches(cache)
+        self._conditions = conditions
+        self._dry_run = dry_run
+        self._everybody = everybody
+
+    def act(self, pin: Pin) -> Outcome:
+        """Upgrade one process, for ``carry_out_each``; returns what was done to the last of its files.
+
+        Raises NothingToPatch, the error of the file that failed, or Partial where others of the process were done.
+        """
+        process = self._outdated(pin)
+        images = _images(pin, process)
+        results: list[UpgradedFile] = []
+        for index, image in enumerate(images):
+            try:
+                results.append(self._one(pin, image, process))
+            except Interrupted as error:
+                if not _good(results):
+                    raise
+                # The signal is still noted, so it is heeded before anything is done to the next process.
+                raise Partial("the process was upgraded in part", why=error.why, next_step=error.next_step) from error
+            failed = results[-1].fate not in (*GOOD, Fate.NOTHING)
+            rest = [UpgradedFile(item.file, Fate.UNTRIED) for item in images[index + 1 :]] if failed else []
+            self.done[pin.process.key] = Upgraded(process.unit, (*results, *rest))
+            if failed:
+                break
+        return _verdict(results, pin)
+
+    def _outdated(self, pin: Pin) -> OutdatedProcess:
+        try:
+            process = outdated_process(pin.pid)
+        except NotPermitted:
+            if not self._everybody:
+                raise
+            self.unreadable += 1
+            process = None
+        if process is None:
+            raise NothingToPatch(
+                f"process {pin.pid} ({pin.process.name}) is not known to run an old build",
+                why="none of its files was deleted or replaced on disk since it was mapped",
+                next_step="nothing is to be done for this process",
+            )
+        return process
+
+    def _one(self, pin: Pin, image: _Image, process: OutdatedProcess) -> UpgradedFile:
+        file, record = image.file, image.record
+        if record is not None:
+            size = transaction.mapped_bytes(record)
+            outcome = Outcome(pin.pid, process.name, record.contents, record.state, True, None, size, ())
+            return UpgradedFile(file, Fate.ALREADY, outcome)
+        patch, compared = None, False
+        try:
+            heed()
+            with held_files(pin.pid, image.module) as pair:
+                pin.require_alive()
+                patch, compared = self._patches.patch_of(pair, file)
+            outcome = self._carried_out(pin, patch)
+        except Interrupted:
+            raise
+        except NothingToPatch as error:
+            nothing = NothingToPatch(error.what, why=error.why, next_step="nothing is to be done for this file")
+            return UpgradedFile(file, Fate.NOTHING, error=nothing)
+        except LivegraftError as error:
+            if pin.exited():
+                raise
+            return UpgradedFile(file, _fate_of(error), None, patch, _advised(error, process), compared)
+        fate = Fate.ALREADY if outcome.already else Fate.PATCHABLE if self._dry_run else Fate.PATCHED
+        return UpgradedFile(file, fate, outcome, patch, None, compared)
+
+    def _carried_out(self, pin: Pin, patch: PatchObject) -> Outcome:
+        asked = self._conditions
+        timeout, deep, limit = asked.timeout, asked.deep_check, asked.deep_limit
+        if self._dry_run:
+            return transaction.check(pin.pid, patch, timeout=timeout, deep_check=deep, deep_limit=limit, pin=pin)
+        return transaction.apply(pin.pid, patch, timeout=timeout, deep_check=deep, deep_limit=limit, pin=pin)
+
+
+def _images(pin: Pin, process: OutdatedProcess) -> list[_Image]:
+    """The outdated files as they are mapped, in the order of their turns; those unloaded meanwhile are left out."""
+    with Memory(pin.pid) as memory:
+        pin.require_alive()
+        maps = mappings(pin.pid)
+        loaded = modules(maps, memory)
+        records, _ = find_records(maps, memory)
+    program = by_living_thread(pin.pid, lambda tid: os.readlink(f"/proc/{pin.pid}/task/{tid}/exe"))  # noqa: PTH115
+    program = program.removesuffix(_DELETED)
+    found = []
+    for file in process.files:
+        module = next((item for item in loaded if (item.path, item.build_id) == (file.path, file.running)), None)
+        if module is not None:
+            found.append(_Image(file, module, _in_force(records, file, module)))
+    return sorted(found, key=lambda image: (image.file.path == program, image.module.low))
+
+
+def _in_force(records: Sequence[Record], file: OutdatedFile, module: Module) -> Record | None:
+    """The record of a patch to the build on disk, None where there is none or one that is still to be finished."""
+    if file.state is not FileState.PATCHED or any(item.interrupted for item in records):
+        return None
+    wanted = (file.running, file.on_disk, module.bias)
+    for item in records:
+        contents = item.contents
+        if item.state is State.APPLIED and wanted == (contents.old.build_id, contents.new.build_id, contents.old_bias):
+            return item
+    return None
+
+
+def _fate_of(error: LivegraftError) -> Fate:
+    return Fate.REFUSED if isinstance(error, Refused) else Fate.BUSY if isinstance(error, Busy) else Fate.FAILED
+
+
+def _advised(error: LivegraftError, process: OutdatedProcess) -> LivegraftError:
+    """What is refused is refused for as long as the process runs: what helps is to restart it."""
+    if not isinstance(error, Refused):
+        return error
+    said = _said(error, type(error), str)
+    said.next_step = f"restart it: {restart_of(process)}"
+    return said
+
+
+def restart_of(process: OutdatedProcess) -> str:
+    """Return how a process is restarted: the command where systemd started it, else in words."""
+    if process.unit.endswith(".service"):
+        return f"systemctl restart {process.unit}"
+    return f"end process {process.pid} ({process.name}), and start the program again"
+
+
+def _good(results: Sequence[UpgradedFile]) -> list[UpgradedFile]:
+    return [item for item in results if item.fate in GOOD]
+
+
+def _verdict(results: Sequence[UpgradedFile], pin: Pin) -> Outcome:
+    """What the files of a process come to. Raises as ``Upgrade.act``."""
+    good = _good(results)
+    error = results[-1].error if results else None
+    if isinstance(error, TargetDamaged):
+        raise error
+    if error is not None and not isinstance(error, NothingToPatch):
+        if not good:
+            raise error
+        raise Partial(
+            f"{results[-1].file.path}: {results[-1].fate.value}; done before it: {len(good)}",
+            why=error.what,
+            next_step=error.next_step,
+        )
+    outcomes = [item.outcome for item in good if item.outcome is not None]
+    if outcomes:
+        return next((item for item in reversed(outcomes) if not item.already), outcomes[-1])
+    raise NothingToPatch(
+        f"nothing is to be patched in process {pin.pid} ({pin.process.name})",
+        why="what it runs and what lies on disk do not differ in anything that matters",
+        next_step="nothing is to be done for this process",
+    )
