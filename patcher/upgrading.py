@@ -60,10 +60,14 @@ GOOD = (Fate.PATCHED, Fate.PATCHABLE, Fate.ALREADY)
 
 @dataclass(frozen=True, slots=True)
 class UpgradedFile:
-    """What became of one file. ``compared`` says that its patch was made for it, and not found in the cache."""
+    """What became of one file. ``compared`` says that its patch was made for it, and not found in the cache.
+
+    ``mapped`` is a path by which the old file can be read for as long as the process has it mapped.
+    """
 
     file: OutdatedFile
     fate: Fate
+    mapped: str
     outcome: Outcome | None = None
     patch: PatchObject | None = None
     error: LivegraftError | None = None
@@ -80,10 +84,14 @@ class Upgraded:
 
 @dataclass(frozen=True, slots=True)
 class _Image:
-    """An outdated file as it is mapped; ``record`` is the patch in force to the build that lies on disk, if any."""
+    """An outdated file as it is mapped; ``record`` is the patch in force to the build that lies on disk, if any.
+
+    ``mapped`` as in ``UpgradedFile``.
+    """
 
     file: OutdatedFile
     module: Module
+    mapped: str
     record: Record | None
 
 
@@ -182,11 +190,12 @@ class Upgrade:
                 if not _good(results):
                     raise
                 # The signal is still noted, so it is heeded before anything is done to the next process.
-                raise Partial("the process was upgraded in part", why=error.why, next_step=error.next_step) from error
-            failed = results[-1].fate not in (*GOOD, Fate.NOTHING)
-            rest = [UpgradedFile(item.file, Fate.UNTRIED) for item in images[index + 1 :]] if failed else []
+                done = f"when {len(_good(results))} of {len(images)} files were done"
+                why = f"{error.why.partition(' came ')[0]} came {done}"
+                raise Partial("the process was upgraded in part", why=why, next_step=error.next_step) from error
+            rest = (UpgradedFile(item.file, Fate.UNTRIED, item.mapped) for item in images[index + 1 :])
             self.done[pin.process.key] = Upgraded(process.unit, (*results, *rest))
-            if failed:
+            if results[-1].fate not in (*GOOD, Fate.NOTHING):
                 break
         return _verdict(results, pin)
 
@@ -207,11 +216,11 @@ class Upgrade:
         return process
 
     def _one(self, pin: Pin, image: _Image, process: OutdatedProcess) -> UpgradedFile:
-        file, record = image.file, image.record
+        file, mapped, record = image.file, image.mapped, image.record
         if record is not None:
             size = transaction.mapped_bytes(record)
             outcome = Outcome(pin.pid, process.name, record.contents, record.state, True, None, size, ())
-            return UpgradedFile(file, Fate.ALREADY, outcome)
+            return UpgradedFile(file, Fate.ALREADY, mapped, outcome)
         patch, compared = None, False
         try:
             heed()
@@ -223,13 +232,13 @@ class Upgrade:
             raise
         except NothingToPatch as error:
             nothing = NothingToPatch(error.what, why=error.why, next_step="nothing is to be done for this file")
-            return UpgradedFile(file, Fate.NOTHING, error=nothing)
+            return UpgradedFile(file, Fate.NOTHING, mapped, error=nothing)
         except LivegraftError as error:
             if pin.exited():
                 raise
-            return UpgradedFile(file, _fate_of(error), None, patch, _advised(error, process), compared)
+            return UpgradedFile(file, _fate_of(error), mapped, None, patch, _advised(error, process), compared)
         fate = Fate.ALREADY if outcome.already else Fate.PATCHABLE if self._dry_run else Fate.PATCHED
-        return UpgradedFile(file, fate, outcome, patch, None, compared)
+        return UpgradedFile(file, fate, mapped, outcome, patch, None, compared)
 
     def _carried_out(self, pin: Pin, patch: PatchObject) -> Outcome:
         asked = self._conditions
@@ -252,7 +261,9 @@ def _images(pin: Pin, process: OutdatedProcess) -> list[_Image]:
     for file in process.files:
         module = next((item for item in loaded if (item.path, item.build_id) == (file.path, file.running)), None)
         if module is not None:
-            found.append(_Image(file, module, _in_force(records, file, module)))
+            first = module.mappings[0]
+            name = "exe" if file.path == program else f"map_files/{first.start:x}-{first.end:x}"
+            found.append(_Image(file, module, f"/proc/{pin.pid}/{name}", _in_force(records, file, module)))
     return sorted(found, key=lambda image: (image.file.path == program, image.module.low))
 
 

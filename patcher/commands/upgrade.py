@@ -18,7 +18,7 @@ import argparse
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from elfdiff.errors import BadInput, NothingToPatch
+from elfdiff.errors import BadInput, NothingToPatch, Refused
 
 from . import Report, add_deep_check, add_selection, add_timeout, selection_of
 
@@ -110,6 +110,8 @@ def _report(group: Group, selection: Selection, upgrade: Upgrade, cache: PatchCa
     if group.exit_code == 0:
         return Report(body, [*text, counts_line(group)], 0, notes)
     error = summary_error(group)
+    if group.exit_code == Refused.exit_code:
+        error.next_step = "restart those that were refused; how is said with each"
     body["error"] = error_json(error)
     first, *others = error_lines(error)
     return Report(body, text, group.exit_code, [*notes, f"livegraft: {first}", *others])
@@ -147,6 +149,7 @@ def _file_json(item: UpgradedFile) -> dict[str, Any]:
     return {
         **file,
         "state": item.file.state.value,
+        "mapped": item.mapped,
         "result": item.fate.value,
         "compared": item.compared,
         "patch": item.patch.id if item.patch else item.outcome.contents.patch if item.outcome else None,
@@ -193,8 +196,6 @@ def _file_lines(item: UpgradedFile) -> list[str]:
 
 def _why_not(item: UpgradedFile) -> list[str]:
     """The reason in short: all findings are in the JSON, and inspect explains them."""
-    from elfdiff.errors import Refused
-
     from .shared import safe
 
     error = item.error
@@ -205,6 +206,7 @@ def _why_not(item: UpgradedFile) -> list[str]:
         lines += [f"  finding    {safe(f'{one.code}: {one.what}')}" for one in findings[:_MOST_FINDINGS]]
         if len(findings) > _MOST_FINDINGS:
             lines.append(f"             and {len(findings) - _MOST_FINDINGS} more")
+        lines.append(f"  explained  livegraft inspect {item.mapped} {safe(item.file.path)}")
     elif error.why:
         lines.append(f"  why        {safe(error.why)}")
     return lines + ([f"  next       {safe(error.next_step)}"] if error.next_step else [])

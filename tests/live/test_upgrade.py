@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -23,8 +24,10 @@ from fixtures.load import Load
 from patcher import upgrading
 from patcher.conditions import Conditions
 from patcher.group import End, carry_out_each
+from patcher.interruption import deferred
 from patcher.outdated import OutdatedProcess
 from patcher.selection import By, Selection
+from patcher.transaction import Outcome, apply
 from patcher.upgradecache import PatchCache
 from patcher.upgrading import Fate, Upgrade, restart_of
 from tests.compile import Compiler
@@ -109,7 +112,28 @@ def test_what_is_refused_says_why_and_to_restart(daemon: Daemon, program: Path, 
     assert f"next       restart it: end process {daemon.pid} (kv)" in done.stdout
     file = one(livegraft("upgrade", "--pid", daemon.pid, "--dry-run", "--json", status=4).json)
     assert file["result"] == "refused" and file["error"]["findings"] and "restart it" in file["error"]["next"]
+    assert f"explained  livegraft inspect {file['mapped']} {program}" in done.stdout
+    assert "struct-layout" in livegraft("inspect", file["mapped"], program).stdout
     assert untouched(daemon)
+
+
+def test_a_refusal_is_found_once_and_not_kept(
+    program: Path, kv: Kv, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = []
+
+    def counted(old: Path, new: Path, options: Options) -> PatchObject:
+        compared.append(new)
+        return differ.diff(old, new, options)
+
+    monkeypatch.setattr(upgrading, "diff", counted)
+    with run_kv(program), run_kv(program), PatchCache(kept) as cache:
+        put(kv(4), program)
+        for runs in (1, 2):
+            upgrade = Upgrade(cache, Conditions(), dry_run=False, everybody=False)
+            group = carry_out_each(Selection(By.EXE, str(program), True), upgrade.act)
+            assert group.exit_code == 4 and len(group.having(End.FAILED)) == 2 and len(compared) == runs
+    assert list(kept.iterdir()) == []
 
 
 def test_builds_that_differ_in_nothing_that_matters(
@@ -321,6 +345,27 @@ def test_the_executable_is_not_tried_where_a_library_is_refused(installed: Insta
         (result,) = livegraft("upgrade", "--pid", process.pid, "--json", *TIMEOUT, status=4).json["processes"]
         assert [file["result"] for file in result["files"]] == ["refused", "not-tried"]
         assert altered_code(process.pid) == []
+
+
+def test_a_signal_between_two_files_ends_it_there(
+    installed: Installed, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*words: Any, **options: Any) -> Outcome:
+        outcome = apply(*words, **options)
+        signal.raise_signal(signal.SIGTERM)
+        return outcome
+
+    monkeypatch.setattr(upgrading.transaction, "apply", interrupted)
+    with installed.running() as process, PatchCache(kept) as cache, deferred() as deferral:
+        put(installed.new_library, installed.library)
+        put(installed.new_program, installed.program)
+        upgrade = Upgrade(cache, Conditions(60.0), dry_run=False, everybody=False)
+        group = carry_out_each(Selection(By.PID, str(process.pid)), upgrade.act)
+        assert deferral.take() == ("SIGTERM",)  # it is still there for whoever comes next
+        (result,) = group.results
+        assert group.exit_code == 8 and result.error is not None and "in part" in result.error.what
+        assert [file.fate for file in upgrade.done[result.process.key].files] == [Fate.PATCHED, Fate.UNTRIED]
+        assert process.ask(1) == [1017]
 
 
 def test_another_mount_namespace_has_its_own_files(kv: Kv, tmp_path: Path, livegraft: Livegraft) -> None:
