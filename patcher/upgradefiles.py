@@ -157,13 +157,18 @@ def _root_of_namespace(pid: int) -> int:
 @contextmanager
 def as_paths(pair: FilePair) -> Iterator[tuple[Path, Path]]:
     """Give both files paths for who reads them, with their own name, for the time of a ``with``."""
-    with tempfile.TemporaryDirectory(prefix="livegraft-") as folder:
+    with ExitStack() as made:
         paths = []
-        for side, file in (("old", pair.old), ("new", pair.new)):
-            path = Path(folder, side, Path(file.path).name)
-            path.parent.mkdir()
-            path.symlink_to(f"/proc/{os.getpid()}/fd/{file.descriptor}")
-            paths.append(path)
+        try:
+            folder = made.enter_context(tempfile.TemporaryDirectory(prefix="livegraft-"))
+            for side, file in (("old", pair.old), ("new", pair.new)):
+                path = Path(folder, side, Path(file.path).name)
+                path.parent.mkdir()
+                path.symlink_to(f"/proc/{os.getpid()}/fd/{file.descriptor}")
+                paths.append(path)
+        except OSError as error:
+            hint = "name a folder that you may write to by TMPDIR"
+            raise LivegraftError("no temporary folder could be made", why=str(error), next_step=hint) from error
         yield paths[0], paths[1]
 
 

@@ -32,7 +32,7 @@ from .interruption import heed
 from .memory import Memory
 from .modules import Module, modules
 from .outdated import FileState, OutdatedFile, OutdatedProcess, outdated_process
-from .proc import by_living_thread, mappings
+from .proc import by_living_thread, mappings, no_such_process
 from .record import Record, State, find_records
 from .selection import Key, Pin
 from .transaction import Outcome
@@ -202,10 +202,10 @@ class Upgrade:
     def _outdated(self, pin: Pin) -> OutdatedProcess:
         try:
             process = outdated_process(pin.pid)
-        except NotPermitted:
+        except (BadInput, NotPermitted) as error:  # it has ended, or is somebody else's
             if not self._everybody:
                 raise
-            self.unreadable += 1
+            self.unreadable += isinstance(error, NotPermitted)
             process = None
         if process is None:
             raise NothingToPatch(
@@ -255,8 +255,7 @@ def _images(pin: Pin, process: OutdatedProcess) -> list[_Image]:
         maps = mappings(pin.pid)
         loaded = modules(maps, memory)
         records, _ = find_records(maps, memory)
-    program = by_living_thread(pin.pid, lambda tid: os.readlink(f"/proc/{pin.pid}/task/{tid}/exe"))  # noqa: PTH115
-    program = program.removesuffix(_DELETED)
+    program = executable_of(pin.pid)
     found = []
     for file in process.files:
         module = next((item for item in loaded if (item.path, item.build_id) == (file.path, file.running)), None)
@@ -265,6 +264,15 @@ def _images(pin: Pin, process: OutdatedProcess) -> list[_Image]:
             name = "exe" if file.path == program else f"map_files/{first.start:x}-{first.end:x}"
             found.append(_Image(file, module, f"/proc/{pin.pid}/{name}", _in_force(records, file, module)))
     return sorted(found, key=lambda image: (image.file.path == program, image.module.low))
+
+
+def executable_of(pid: int) -> str:
+    """Return the path of the executable of a process, as its mappings have it. Raises BadInput (it has ended)."""
+    try:
+        path = by_living_thread(pid, lambda tid: os.readlink(f"/proc/{pid}/task/{tid}/exe"))  # noqa: PTH115
+    except OSError as error:
+        raise no_such_process(pid) from error
+    return path.removesuffix(_DELETED)
 
 
 def _in_force(records: Sequence[Record], file: OutdatedFile, module: Module) -> Record | None:

@@ -178,7 +178,9 @@ def _file_lines(item: UpgradedFile) -> list[str]:
 
     said = {Fate.PATCHABLE: "can be patched", Fate.NOTHING: "nothing to patch", Fate.ALREADY: "patched already"}
     lines = [f"{safe(item.file.path)}: {said.get(item.fate, item.fate.value.replace('-', ' '))}"]
-    if item.fate is not Fate.UNTRIED:
+    if item.fate is Fate.UNTRIED:
+        lines.append("  why        the file before it could not be upgraded, or a signal came")
+    else:
         lines.append(f"  build      {item.file.running[:12] or 'none'} -> {item.file.on_disk[:12] or 'none'}")
     if item.error is not None:
         lines += _why_not(item)
