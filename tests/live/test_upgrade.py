@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -32,6 +33,8 @@ from patcher.upgradecache import PatchCache
 from patcher.upgrading import Fate, Upgrade, restart_of
 from tests.compile import Compiler
 from tests.conftest import ROOT, Livegraft
+from tests.live.answering import CHANGED, versions
+from tests.live.forking import SOURCE, Forking
 from tests.live.grafting import MAIN, PRELUDE, SONAME, Running, library_pair
 
 pytestmark = pytest.mark.root
@@ -389,6 +392,23 @@ def test_another_mount_namespace_has_its_own_files(kv: Kv, tmp_path: Path, liveg
             assert probe(port) == PROBES[2]
         finally:
             process.kill()
+
+
+def test_a_master_and_its_workers(cache_folder: Path, tmp_path: Path, livegraft: Livegraft) -> None:
+    built = versions(cache_folder / "forking", source=SOURCE, changed=CHANGED)
+    program = tmp_path / f"fork{os.getpid()}"
+    put(built.programs[1], program)
+    with Forking(program, 2) as master:
+        put(built.programs[2], program)
+        value = livegraft("upgrade", "--tree", master.pid, "--json", *TIMEOUT).json
+        assert [item["pid"] for item in value["processes"]] == [master.pid, *master.workers]
+        assert master.versions() == [2, 2, 2]
+        master.fork()  # which has the patch from its parent
+        value = livegraft("upgrade", "--exe", program, "--all", "--json", *TIMEOUT).json
+        assert [file["result"] for item in value["processes"] for file in item["files"]] == ["already"] * 4
+        put(built.programs[3], program)  # another upgrade, on top of the first
+        livegraft("upgrade", "--exe", program, "--all", *TIMEOUT)
+        assert master.versions() == [3] * 4
 
 
 ALONE = """
