@@ -18,10 +18,12 @@ from elfdiff import diff as differ
 from elfdiff.diff import Options
 from elfdiff.imagefile import load_image
 from elfdiff.patchobject import PatchObject
+from fixtures.build import DEFAULT
 from fixtures.daemon import PROBES, Daemon, probe, run_kv
 from fixtures.hearing import next_line
 from fixtures.intact import altered_code
 from fixtures.load import Load
+from fixtures.tracees import state_of, wait_until
 from patcher import upgrading
 from patcher.conditions import Conditions
 from patcher.group import End, carry_out_each
@@ -371,6 +373,26 @@ def test_a_signal_between_two_files_ends_it_there(
         assert process.ask(1) == [1017]
 
 
+LEADERLESS = (
+    "#include <pthread.h>\n"
+    + MAIN.replace("int main(int argc, char **argv) {", "static void *run(void *more) { int argc = more != NULL;")
+    .replace("return company3(argc);", "return (void *)(long)company3(argc);")
+    + "int main(void) { pthread_t other; pthread_create(&other, NULL, run, NULL); pthread_exit(NULL); }\n"
+)
+
+
+def test_a_process_whose_main_thread_has_ended(cache_folder: Path, tmp_path: Path, livegraft: Livegraft) -> None:
+    compiled = Compiler(cache_folder / "compiled")
+    pair = library_pair(compiled, TEXT, TEXT.replace("+ 3", "+ 7"), main=LEADERLESS)
+    library = tmp_path / SONAME
+    put(pair.old, library)
+    with Running([pair.program], {"LD_LIBRARY_PATH": str(tmp_path)}) as process:
+        wait_until(lambda: state_of(process.pid) == "Z", "the main thread to end")
+        put(pair.new, library)
+        file = one(livegraft("upgrade", "--pid", process.pid, "--json", *TIMEOUT).json)
+        assert (file["path"], file["result"]) == (str(library), "patched") and process.ask(1) == [1017]
+
+
 def test_another_mount_namespace_has_its_own_files(kv: Kv, tmp_path: Path, livegraft: Livegraft) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
     for folder in (here, there):
@@ -409,6 +431,22 @@ def test_a_master_and_its_workers(cache_folder: Path, tmp_path: Path, livegraft:
         put(built.programs[3], program)  # another upgrade, on top of the first
         livegraft("upgrade", "--exe", program, "--all", *TIMEOUT)
         assert master.versions() == [3] * 4
+
+
+def test_what_runs_in_a_chroot_is_upgraded_to_what_lies_there(kv: Kv, tmp_path: Path, livegraft: Livegraft) -> None:
+    static = replace(DEFAULT, link="static")
+    program = tmp_path / "jail" / "kv"
+    program.parent.mkdir()
+    put(kv(1, static), program)
+    command = ["chroot", program.parent, "/kv", "0"]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
+        try:
+            port = int(next_line(process).split()[1])
+            put(kv(2, static), program)
+            file = one(livegraft("upgrade", "--pid", process.pid, "--json", *TIMEOUT).json)
+            assert (file["path"], file["result"]) == (str(program), "patched") and probe(port) == PROBES[2]
+        finally:
+            process.kill()
 
 
 ALONE = """
