@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -23,33 +22,22 @@ from fixtures.daemon import PROBES, Daemon, probe, run_kv
 from fixtures.hearing import next_line
 from fixtures.intact import altered_code
 from fixtures.load import Load
-from fixtures.tracees import state_of, wait_until
 from patcher import upgrading
 from patcher.conditions import Conditions
 from patcher.group import End, carry_out_each
-from patcher.interruption import deferred
 from patcher.outdated import OutdatedProcess
 from patcher.selection import By, Selection
-from patcher.transaction import Outcome, apply
 from patcher.upgradecache import PatchCache
 from patcher.upgrading import Fate, Upgrade, restart_of
-from tests.compile import Compiler
 from tests.conftest import ROOT, Livegraft
 from tests.live.answering import CHANGED, versions
 from tests.live.forking import SOURCE, Forking
-from tests.live.grafting import MAIN, PRELUDE, SONAME, Running, library_pair
+from tests.live.replacing import TIMEOUT, one, put
 
 pytestmark = pytest.mark.root
 
 Kv = Callable[..., Path]
-TIMEOUT = ("--timeout", 60)
 RATE = 3000.0
-
-
-def put(source: Path, place: Path) -> None:
-    """Put a file in the place of another as a package manager does: under another name first."""
-    shutil.copy(source, place.with_name("arriving"))
-    place.with_name("arriving").rename(place)
 
 
 @pytest.fixture(autouse=True)
@@ -72,14 +60,6 @@ def program(kv: Kv, tmp_path: Path) -> Path:
 def daemon(program: Path) -> Iterator[Daemon]:
     with run_kv(program) as running:
         yield running
-
-
-def one(value: dict[str, Any]) -> dict[str, Any]:
-    """The only file of the only process."""
-    (process,) = value["processes"]
-    (file,) = process["files"]
-    assert isinstance(file, dict)
-    return file
 
 
 def untouched(daemon: Daemon) -> bool:
@@ -274,125 +254,6 @@ def test_a_file_that_is_replaced_meanwhile_is_noticed(
     assert "try again" in file.error.next_step and untouched(daemon)
 
 
-TEXT = """
-SEPARATE long first(long n) { return n * 10 + 3; }
-long answer(long n) { return first(n) + 1000; }
-"""
-
-
-class Installed:
-    """A program with its library, both installed and running; ``new`` are the builds that replace them."""
-
-    def __init__(self, compiled: Compiler, folder: Path) -> None:
-        pair = library_pair(compiled, TEXT, TEXT.replace("+ 3", "+ 7"))
-        later = MAIN.replace("return x * 3", "return x * 5")
-        self.new_program = compiled({"main.c": PRELUDE + later}, str(pair.old))
-        self.old_library, self.new_library = pair.old, pair.new
-        self.library, self.program = folder / SONAME, folder / "asked"
-        folder.mkdir()
-        put(pair.old, self.library)
-        put(pair.program, self.program)
-
-    def running(self) -> Running:
-        return Running([self.program], {"LD_LIBRARY_PATH": str(self.library.parent)})
-
-
-@pytest.fixture
-def installed(cache_folder: Path, tmp_path: Path) -> Installed:
-    return Installed(Compiler(cache_folder / "compiled"), tmp_path / "linked")
-
-
-@pytest.fixture
-def compiled_busy(cache_folder: Path, installed: Installed) -> Path:
-    """A new build of the program in which ``main`` differs, which never returns."""
-    later = MAIN.replace('puts("ready")', 'puts("ready to go")')
-    return Compiler(cache_folder / "compiled")({"main.c": PRELUDE + later}, str(installed.old_library))
-
-
-def test_a_library_is_upgraded(installed: Installed, livegraft: Livegraft) -> None:
-    with installed.running() as process:
-        assert process.ask(1) == [1013]
-        put(installed.new_library, installed.library)
-        file = one(livegraft("upgrade", "--pid", process.pid, "--json", *TIMEOUT).json)
-        assert (file["path"], file["result"]) == (str(installed.library), "patched")
-        assert process.ask(1) == [1017]
-        livegraft("revert", "--pid", process.pid)
-        assert process.ask(1) == [1013]
-
-
-def test_library_first_and_then_the_executable(installed: Installed, livegraft: Livegraft) -> None:
-    with installed.running() as process:
-        put(installed.new_library, installed.library)
-        put(installed.new_program, installed.program)
-        done = livegraft("upgrade", "--pid", process.pid, *TIMEOUT)
-        assert "2 files, one after the other, each in a stop of its own" in done.stdout
-        assert done.stdout.index(f"{installed.library}: patched") < done.stdout.index(f"{installed.program}: patched")
-        assert process.ask(1) == [1017]
-        (again,) = livegraft("upgrade", "--pid", process.pid, "--json").json["processes"]
-        assert [file["result"] for file in again["files"]] == ["already", "already"]
-
-
-def test_what_was_done_stays_where_a_later_file_is_refused(installed: Installed, livegraft: Livegraft) -> None:
-    with installed.running() as process:
-        put(installed.new_library, installed.library)
-        put(Path("/bin/true"), installed.program)
-        value = livegraft("upgrade", "--pid", process.pid, "--json", *TIMEOUT, status=8).json
-        (result,) = value["processes"]
-        assert [file["result"] for file in result["files"]] == ["patched", "refused"]
-        assert result["exit"] == {"code": 8, "name": "partial"} and "restart it" in result["error"]["next"]
-        assert process.ask(1) == [1017]
-
-
-def test_the_executable_is_not_tried_where_a_library_is_refused(installed: Installed, livegraft: Livegraft) -> None:
-    with installed.running() as process:
-        put(Path("/bin/true"), installed.library)
-        put(installed.new_program, installed.program)
-        (result,) = livegraft("upgrade", "--pid", process.pid, "--json", *TIMEOUT, status=4).json["processes"]
-        assert [file["result"] for file in result["files"]] == ["refused", "not-tried"]
-        assert altered_code(process.pid) == []
-
-
-def test_a_signal_between_two_files_ends_it_there(
-    installed: Installed, kept: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(*words: Any, **options: Any) -> Outcome:
-        outcome = apply(*words, **options)
-        signal.raise_signal(signal.SIGTERM)
-        return outcome
-
-    monkeypatch.setattr(upgrading.transaction, "apply", interrupted)
-    with installed.running() as process, PatchCache(kept) as cache, deferred() as deferral:
-        put(installed.new_library, installed.library)
-        put(installed.new_program, installed.program)
-        upgrade = Upgrade(cache, Conditions(60.0), dry_run=False, everybody=False)
-        group = carry_out_each(Selection(By.PID, str(process.pid)), upgrade.act)
-        assert deferral.take() == ("SIGTERM",)  # it is still there for whoever comes next
-        (result,) = group.results
-        assert group.exit_code == 8 and result.error is not None and "in part" in result.error.what
-        assert [file.fate for file in upgrade.done[result.process.key].files] == [Fate.PATCHED, Fate.UNTRIED]
-        assert process.ask(1) == [1017]
-
-
-LEADERLESS = (
-    "#include <pthread.h>\n"
-    + MAIN.replace("int main(int argc, char **argv) {", "static void *run(void *more) { int argc = more != NULL;")
-    .replace("return company3(argc);", "return (void *)(long)company3(argc);")
-    + "int main(void) { pthread_t other; pthread_create(&other, NULL, run, NULL); pthread_exit(NULL); }\n"
-)
-
-
-def test_a_process_whose_main_thread_has_ended(cache_folder: Path, tmp_path: Path, livegraft: Livegraft) -> None:
-    compiled = Compiler(cache_folder / "compiled")
-    pair = library_pair(compiled, TEXT, TEXT.replace("+ 3", "+ 7"), main=LEADERLESS)
-    library = tmp_path / SONAME
-    put(pair.old, library)
-    with Running([pair.program], {"LD_LIBRARY_PATH": str(tmp_path)}) as process:
-        wait_until(lambda: state_of(process.pid) == "Z", "the main thread to end")
-        put(pair.new, library)
-        file = one(livegraft("upgrade", "--pid", process.pid, "--json", *TIMEOUT).json)
-        assert (file["path"], file["result"]) == (str(library), "patched") and process.ask(1) == [1017]
-
-
 def test_another_mount_namespace_has_its_own_files(kv: Kv, tmp_path: Path, livegraft: Livegraft) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
     for folder in (here, there):
@@ -504,15 +365,6 @@ def test_one_that_runs_the_new_build_already_is_passed_over(daemon: Daemon, prog
 def test_wrong_usage(livegraft: Livegraft, words: list[str], said: str) -> None:
     done = livegraft("upgrade", *words, status=2)
     assert said in done.stderr and "Traceback" not in done.stderr and not done.stdout
-
-
-def test_a_function_that_stays_live_is_busy(installed: Installed, compiled_busy: Path, livegraft: Livegraft) -> None:
-    with installed.running() as process:
-        put(compiled_busy, installed.program)
-        for words in (["--dry-run"], []):
-            value = livegraft("upgrade", "--pid", process.pid, "--timeout", 0, "--json", *words, status=5).json
-            assert one(value)["result"] == "busy" and "restart" not in one(value)["error"]["next"]
-        assert altered_code(process.pid) == []
 
 
 def test_how_it_is_restarted() -> None:
