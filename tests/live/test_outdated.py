@@ -138,12 +138,17 @@ def test_the_unit_is_the_control_group_that_is_one(installed: tuple[Daemon, Path
     assert unit_of(installed[0].pid) == ""
     for hierarchy in (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified"), Path("/sys/fs/cgroup/pids")):
         group = hierarchy / "livegraft-test.service"
-        if not (hierarchy / "cgroup.procs").exists():
-            continue  # where version 1 is mounted, the first is but a folder of hierarchies
         try:
             group.mkdir()
+        except OSError:
+            continue
+        if not (group / "cgroup.procs").exists():
+            group.rmdir()  # where version 1 is mounted, the first is but a folder of hierarchies
+            continue
+        try:
             (group / "cgroup.procs").write_text(str(installed[0].pid))
         except OSError:
+            group.rmdir()
             continue
         try:
             assert unit_of(installed[0].pid) == group.name
