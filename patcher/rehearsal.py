@@ -10,7 +10,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -21,12 +21,12 @@ from elfdiff.errors import EXIT_NAMES, Interrupted, LivegraftError
 from elfdiff.patchfile import write_patch
 from elfdiff.patchobject import PatchObject
 
-from . import transaction
 from .children import PATIENCE, Child, tail
 from .interruption import deferred, heed
 from .readiness import ended_early, free_port, wait_until_ready
 from .rehearsalfile import Probe, Ready, Rehearsal, Service
 from .rehearsalkeys import filled
+from .rehearsalpatching import Patched, apply_patch, revert_patch
 from .rehearsalprobes import require_expected, run_command, talk
 
 _DYING_SECONDS = 0.5
@@ -39,14 +39,19 @@ _NUMBER = re.compile(r"[0-9][0-9,]{,30}(\.[0-9]+)?")
 class Step:
     """One thing that was done or asked. ``cycle`` counts from 1; 0 is before and after all of them.
 
-    ``error`` says why it failed, None that it did not; ``pause_us`` how long the daemon stood still for it.
+    ``error`` says why it failed, None that it did not; ``processes``: where a patch was applied or reverted.
     """
 
     name: str
     cycle: int
     seconds: float
     error: LivegraftError | None = None
-    pause_us: float | None = None
+    processes: tuple[Patched, ...] = ()
+
+    @property
+    def pauses_us(self) -> list[float]:
+        """How long each process stood still that did."""
+        return [item.pause_us for item in self.processes if item.pause_us is not None]
 
 
 @dataclass(frozen=True)
@@ -60,11 +65,12 @@ class Figures:
 
 @dataclass(frozen=True)
 class Pauses:
-    """Pauses of one kind, in microseconds."""
+    """Pauses of one kind, in microseconds, of each process. ``count``: of steps; ``processes``: of each step."""
 
     count: int
     median_us: float
     largest_us: float
+    processes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -95,8 +101,10 @@ class Outcome:
 
     def pauses(self, name: str) -> Pauses | None:
         """The pauses of all steps ``apply`` or ``revert``; None where there was none."""
-        times = [step.pause_us for step in self.steps if step.name == name and step.pause_us is not None]
-        return Pauses(len(times), median(times), max(times)) if times else None
+        steps = [step for step in self.steps if step.name == name and step.pauses_us]
+        times = [pause for step in steps for pause in step.pauses_us]
+        counts = tuple(len(step.processes) for step in steps)
+        return Pauses(len(steps), median(times), max(times), counts) if times else None
 
 
 def rehearse(asked: Rehearsal) -> Outcome:
@@ -163,21 +171,21 @@ class _Run:
         self.cycles += whole
         return whole
 
-    def _step(self, name: str, cycle: int, action: Callable[[], float | None]) -> bool:
+    def _step(self, name: str, cycle: int, action: Callable[[], tuple[Patched, ...] | None]) -> bool:
         """Do one thing and note what came of it; whether it went well, and daemon and load live."""
         began = time.monotonic()
-        pause: float | None = None
+        processes: tuple[Patched, ...] | None = None
         error: LivegraftError | None = None
         try:
             heed()
             self._require_time()
-            pause = action()
+            processes = action()
         except Interrupted:
             raise
         except LivegraftError as failure:
             error = failure if time.monotonic() < self._deadline else self._too_late(failure.what)
         error = self._death(error is not None) or error
-        self.steps.append(Step(name, cycle, time.monotonic() - began, error, pause))
+        self.steps.append(Step(name, cycle, time.monotonic() - began, error, processes or ()))
         return error is None
 
     def _require_time(self) -> None:
@@ -244,28 +252,13 @@ class _Run:
         file = str(self._asked.folder / filled(ready.file, self._places())) if ready.file else ""
         return replace(ready, port=filled(ready.port, self._places()), file=file)
 
-    def _apply(self) -> float | None:
+    def _apply(self) -> tuple[Patched, ...]:
         assert self.patch is not None and self._daemon is not None
-        try:
-            done = transaction.apply(
-                self._daemon.pid, self.patch, timeout=self._idle_seconds(), keep_live=self._asked.keep_live
-            )
-        except LivegraftError as error:
-            self._note_program(error, self._daemon.pid)
-            raise
-        return None if done.pause is None else done.pause.pause_ns / 1000
+        return apply_patch(self._daemon.pid, self.patch, self._asked, self._idle_seconds)
 
-    def _note_program(self, error: LivegraftError, pid: int) -> None:
-        """A script that does not become the daemon is the likeliest reason."""
-        runs = Path(f"/proc/{pid}/exe")
-        with suppress(OSError):  # it has ended, or may not be looked at: that is what the error says
-            if not runs.samefile(self._asked.program):
-                error.add_note(f"start.command runs {runs.readlink()}, pid {pid}: a script must exec the daemon")
-
-    def _revert(self) -> float | None:
+    def _revert(self) -> tuple[Patched, ...]:
         assert self.patch is not None and self._daemon is not None
-        done = transaction.revert(self._daemon.pid, self.patch.id, timeout=self._idle_seconds())
-        return None if done.pause is None else done.pause.pause_ns / 1000
+        return revert_patch(self._daemon.pid, self.patch, self._asked, self._idle_seconds)
 
     def _idle_seconds(self) -> float:
         return max(0.0, self._until(self._asked.idle_timeout) - time.monotonic())

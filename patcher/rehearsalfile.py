@@ -21,6 +21,7 @@ _MOST_CYCLES = 1_000_000
 _PLACES = ("old", "module", "port", "folder", "here")
 _PLACES_OF_CLIENTS = (*_PLACES, "pid")
 _FIGURES = ("requests", "failed", "longest_ms")
+_PROCESSES = ("one", "tree")
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class Probe:
 class Rehearsal:
     """What is asked of a rehearsal. ``program`` is started, ``old`` and ``new`` are compared; all are files.
 
+    ``tree``: all that descends from the process that is started is patched, too.
     ``hold``, ``idle_timeout`` (for functions to become idle) and ``timeout`` are seconds. Commands run in the folder
     of ``file``. ``reports`` are searched in the last output of the load.
     """
@@ -107,6 +109,7 @@ class Rehearsal:
     allow: frozenset[str]
     lines: bool
     keep_live: tuple[str, ...]
+    tree: bool
     idle_timeout: float
 
     @property
@@ -146,7 +149,7 @@ def _parse(path: Path) -> dict[str, object]:
 
 def _rehearsal(top: Keys, file: Path) -> Rehearsal:
     program, old, new = _builds(top, file.parent)
-    allow, lines, keep_live, idle = _patch(top)
+    patch = _patch(top)
     start = _start(top)
     load, reports = _load(top)
     result = Rehearsal(
@@ -161,10 +164,11 @@ def _rehearsal(top: Keys, file: Path) -> Rehearsal:
         cycles=top.count("cycles", 10, 1, _MOST_CYCLES),
         hold=top.number("hold", 0.5, 0, _DAY, "seconds"),
         timeout=top.number("timeout", 600.0, 0.001, _DAY, "seconds"),
-        allow=allow,
-        lines=lines,
-        keep_live=keep_live,
-        idle_timeout=idle,
+        allow=patch.allow,
+        lines=patch.lines,
+        keep_live=patch.keep_live,
+        tree=patch.tree,
+        idle_timeout=patch.idle_timeout,
     )
     top.done()
     return result
@@ -190,7 +194,18 @@ def _builds(top: Keys, folder: Path) -> tuple[Path, Path, Path]:
     return program, old, new
 
 
-def _patch(top: Keys) -> tuple[frozenset[str], bool, tuple[str, ...], float]:
+@dataclass(frozen=True)
+class _Patch:
+    """The table [patch]."""
+
+    allow: frozenset[str]
+    lines: bool
+    keep_live: tuple[str, ...]
+    tree: bool
+    idle_timeout: float
+
+
+def _patch(top: Keys) -> _Patch:
     keys = top.table("patch") or Keys({}, "patch", top.problems)
     allow = keys.texts("allow", "an array of codes of findings")
     for code in allow:
@@ -198,9 +213,10 @@ def _patch(top: Keys) -> tuple[frozenset[str], bool, tuple[str, ...], float]:
             keys.wrong("allow", f"{shown(code)} is no liftable finding", f"some of {', '.join(LIFTABLE)}")
     lines = keys.flag("lines")
     keep_live = keys.texts("keep_live", "an array of names of functions")
+    tree = keys.choice("processes", _PROCESSES) == "tree"
     idle = keys.number("timeout", 10.0, 0, _DAY, "seconds")
     keys.done()
-    return frozenset(allow), lines, keep_live, idle
+    return _Patch(frozenset(allow), lines, keep_live, tree, idle)
 
 
 def _start(top: Keys) -> Service:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 _PLACEHOLDER = re.compile(r"(?<!\$)\{([a-z_]+)\}")  # not ${name}, which is the shell's
@@ -128,6 +128,14 @@ class Keys:
         if not isinstance(value, bool):
             self.wrong(key, shown(value), "true or false")
         return value is True
+
+    def choice(self, key: str, words: Sequence[str]) -> str:
+        """One of some words, the first where it is not given."""
+        value = self._table[key] if self.has(key) else words[0]
+        if not isinstance(value, str) or value not in words:
+            self.wrong(key, shown(value), " or ".join(f'"{word}"' for word in words))
+            return words[0]
+        return value
 
     def regex(self, key: str, *, lines: bool = False) -> re.Pattern[str]:
         """A regular expression of Python's re; ``lines``: its ^ and $ stand for those of every line."""

@@ -19,6 +19,7 @@ from .commands import plural
 from .commands.shared import error_json, error_lines
 from .explanation_words import functions_line
 from .rehearsal import Figures, Outcome, Pauses, Step
+from .rehearsalpatching import Patched
 
 _NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """What XML 1.0 has no place for, not even escaped (section 2.2)."""
@@ -50,7 +51,10 @@ def text(outcome: Outcome) -> list[str]:
 
 
 def _pauses_line(pauses: Pauses) -> str:
-    return f"{pauses.count} times; pause {pauses.median_us:.0f} us (median), {pauses.largest_us:.0f} us (largest)"
+    fewest, most = min(pauses.processes), max(pauses.processes)
+    several = f" in {fewest if fewest == most else f'{fewest} to {most}'} processes" if most > 1 else ""
+    times = f"{pauses.median_us:.0f} us (median), {pauses.largest_us:.0f} us (largest)"
+    return f"{pauses.count} times{several}; pause {times}"
 
 
 def _load_line(outcome: Outcome) -> str:
@@ -109,7 +113,12 @@ def _patch_json(outcome: Outcome) -> dict[str, Any]:
 def _pauses_json(pauses: Pauses | None) -> dict[str, Any] | None:
     if pauses is None:
         return None
-    return {"count": pauses.count, "median": round(pauses.median_us), "largest": round(pauses.largest_us)}
+    return {
+        "count": pauses.count,
+        "median": round(pauses.median_us),
+        "largest": round(pauses.largest_us),
+        "processes": {"fewest": min(pauses.processes), "most": max(pauses.processes)},
+    }
 
 
 def _step_json(step: Step) -> dict[str, Any]:
@@ -117,9 +126,15 @@ def _step_json(step: Step) -> dict[str, Any]:
         "name": step.name,
         "cycle": step.cycle,
         "seconds": round(step.seconds, 3),
-        "pause_us": None if step.pause_us is None else round(step.pause_us),
+        "pause_us": round(max(step.pauses_us)) if step.pauses_us else None,
+        "processes": [_process_json(item) for item in step.processes],
         "error": None if step.error is None else error_json(step.error),
     }
+
+
+def _process_json(item: Patched) -> dict[str, Any]:
+    pause = None if item.pause_us is None else round(item.pause_us)
+    return {"pid": item.pid, "process": item.process, "pause_us": pause}
 
 
 def junit(outcome: Outcome) -> bytes:
@@ -174,8 +189,13 @@ def _case(suite: ElementTree.Element, step: Step) -> None:
         message = _xml(f"{step.error.what}: {step.error.why}")
         failure = ElementTree.SubElement(case, "failure", {"message": message, "type": step.error.code})
         failure.text = _xml("\n".join(error_lines(step.error)))
-    elif step.pause_us is not None:
-        ElementTree.SubElement(case, "system-out").text = f"pause {step.pause_us:.0f} us"
+    elif step.processes:
+        ElementTree.SubElement(case, "system-out").text = _xml("\n".join(map(_process_line, step.processes)))
+
+
+def _process_line(item: Patched) -> str:
+    pause = "done already" if item.pause_us is None else f"pause {item.pause_us:.0f} us"
+    return f"{item.process}, pid {item.pid}: {pause}"
 
 
 def _xml(text: str) -> str:
