@@ -21,6 +21,7 @@ from .modules import PT_NOTE, Module, build_id_in_notes, modules
 from .packages import owners
 from .proc import by_living_thread, mappings, no_such_process, status
 from .record import Record, State, find_records
+from .successors import root_of, successor
 
 _CODE = re.compile(rb"^[0-9a-f]+-[0-9a-f]+ ..x. [0-9a-f]+ ([0-9a-f]+):([0-9a-f]+) (\d+) +(/.*)$", re.MULTILINE)
 """A mapping of a file that may be executed (proc(5), ``/proc/PID/maps``): device, inode, path."""
@@ -33,7 +34,7 @@ _MAX_NOTES = 1 << 16
 class FileState(Enum):
     """What became of a file that a process has mapped; the values are stable names."""
 
-    NEW_BUILD = "new-build"  # another build lies at its path: a patch may be made of the two
+    NEW_BUILD = "new-build"  # another build lies in its place: a patch may be made of the two
     SAME_BUILD = "same-build"  # the same build lies there again: nothing is to be patched
     PATCHED = "patched"  # the process carries a patch to the build that lies there
     GONE = "gone"  # nothing lies there, or no program
@@ -44,14 +45,16 @@ class FileState(Enum):
 class OutdatedFile:
     """A mapped image whose file is another one now.
 
-    ``running`` is the build-id of what is mapped, ``on_disk`` that of the file at ``path`` now, each empty where there
-    is none. ``package`` is the installed package that ``path`` belongs to, as ``name version``, or empty.
+    ``running`` is the build-id of what is mapped, ``on_disk`` that of the file in its place now, each empty where there
+    is none. ``successor`` is the path of the latter: ``path``, but for a library whose file name carries its version.
+    ``package`` is the installed package that ``successor`` belongs to, as ``name version``, or empty.
     """
 
     path: str
     state: FileState
     running: str
     on_disk: str
+    successor: str
     package: str = ""
 
 
@@ -114,14 +117,6 @@ def outdated_process(pid: int) -> OutdatedProcess | None:
     return _look_closer(pid, suspicious) if suspicious else None
 
 
-def has_our_mounts(pid: int, tid: int) -> bool:
-    """Whether a thread of a process sees the file systems that we see, so that a path means the same to both.
-
-    Raises OSError where that may not be known, or the thread has ended.
-    """
-    return os.readlink(f"/proc/{pid}/task/{tid}/ns/mnt") == os.readlink("/proc/self/ns/mnt")  # noqa: PTH115
-
-
 class _Searcher:
     """Searches mappings for files that are no longer what lies at their path; each path is asked about once."""
 
@@ -134,8 +129,7 @@ class _Searcher:
             mapped = {match.groups() for match in _CODE.finditer(file.read())}
         if not mapped:
             return set()  # a kernel thread, a zombie, or statically linked in memory
-        # Paths in /proc/PID/maps are told from the reader's root: a chroot of the target changes nothing.
-        root = b"" if has_our_mounts(pid, tid) else f"/proc/{pid}/task/{tid}/root".encode()
+        root = root_of(pid, tid).encode()
         found = set()
         for major, minor, inode, path in mapped:
             if path.startswith(_NOT_FILES):
@@ -163,14 +157,15 @@ def _look_closer(pid: int, suspicious: set[str]) -> OutdatedProcess | None:
         maps = mappings(pid)
         loaded = modules(maps, memory)
         records, _ = find_records(maps, memory)
-    active = [item for item in records if item.state is State.APPLIED or item.interrupted]
-    files = []
-    for module in loaded:
-        if module.path in suspicious:
-            found = _outdated(pid, module, active)
-            # A file system in layers shows another device number than stat(2); the same build there is the same file.
-            if module.deleted or found.state is not FileState.SAME_BUILD:
-                files.append(found)
+        active = [item for item in records if item.state is State.APPLIED or item.interrupted]
+        files = []
+        for module in loaded:
+            if module.path in suspicious:
+                found = _outdated(pid, module, memory, active)
+                # A file system in layers shows another device number than stat(2); the same build there is the same
+                # file.
+                if module.deleted or found.state is not FileState.SAME_BUILD:
+                    files.append(found)
     if not files:
         return None
     seen = status(pid)
@@ -178,10 +173,10 @@ def _look_closer(pid: int, suspicious: set[str]) -> OutdatedProcess | None:
     return OutdatedProcess(pid, seen.name, seen.uid, unit_of(pid), tuple(files), patches)
 
 
-def _outdated(pid: int, module: Module, active: Sequence[Record]) -> OutdatedFile:
-    on_disk = _build_on_disk(pid, module.path)
+def _outdated(pid: int, module: Module, memory: Memory, active: Sequence[Record]) -> OutdatedFile:
+    path, on_disk = by_living_thread(pid, lambda tid: _build_on_disk(pid, tid, module, memory))
     if on_disk is None:
-        return OutdatedFile(module.path, FileState.GONE, module.build_id, "")
+        return OutdatedFile(module.path, FileState.GONE, module.build_id, "", path)
     patched = any(
         item.contents.old.build_id == module.build_id and item.contents.new.build_id == on_disk for item in active
     )
@@ -191,27 +186,28 @@ def _outdated(pid: int, module: Module, active: Sequence[Record]) -> OutdatedFil
         state = FileState.SAME_BUILD
     else:
         state = FileState.PATCHED if patched else FileState.NEW_BUILD
-    return OutdatedFile(module.path, state, module.build_id, on_disk)
+    return OutdatedFile(module.path, state, module.build_id, on_disk, path)
 
 
-def _build_on_disk(pid: int, path: str) -> str | None:
-    """Return the build-id of the file at ``path`` as the process sees it; None for none, "" for one without."""
-    place = Path(f"/proc/{pid}/root{path}")
-    if not place.exists():  # also in a chroot, whose paths are told from our root
-        place = Path(path)
+def _build_on_disk(pid: int, tid: int, module: Module, memory: Memory) -> tuple[str, str | None]:
+    """The path of what has come in the place of a module's file, and its build-id; None for none, "" for one without.
+
+    Raises OSError where the thread has ended.
+    """
+    path = successor(pid, tid, module, memory)
     try:
-        with open_elf(place) as file:
+        with open_elf(Path(root_of(pid, tid) + path)) as file:
             for header in file.segments:
                 if header.type == PT_NOTE and header.filesz <= _MAX_NOTES:
                     notes = file.read(header.offset, header.filesz)
                     found = build_id_in_notes(notes, 8 if header.align == 8 else 4)
                     if found:
-                        return found
+                        return path, found
     except Refused:
-        return ""
+        return path, ""
     except BadInput:
-        return None
-    return ""
+        return path, None
+    return path, ""
 
 
 def unit_of(pid: int) -> str:
@@ -232,8 +228,8 @@ def _units_in(lines: Sequence[str]) -> Iterator[str]:
 
 
 def _with_packages(found: Sequence[OutdatedProcess]) -> tuple[OutdatedProcess, ...]:
-    known = owners({file.path for process in found for file in process.files})
+    known = owners({file.successor for process in found for file in process.files})
     return tuple(
-        replace(process, files=tuple(replace(file, package=known.get(file.path, "")) for file in process.files))
+        replace(process, files=tuple(replace(file, package=known.get(file.successor, "")) for file in process.files))
         for process in found
     )

@@ -1,4 +1,4 @@
-"""The two files of an upgrade, held open: the one that a process has mapped, and the one that lies at its path now.
+"""The two files of an upgrade, held open: the one that a process has mapped, and the one that came in its place.
 
 Both are read through descriptors, so that a path cannot mean another file halfway. Whether the new one was replaced or
 written to meanwhile is asked at the end.
@@ -18,8 +18,8 @@ from pathlib import Path
 from elfdiff.errors import LivegraftError, NotPermitted, Refused
 
 from .modules import Module
-from .outdated import has_our_mounts
 from .proc import by_living_thread, read_proc_file, status
+from .successors import has_our_mounts
 
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # to open a FIFO would wait for whoever writes to it
 _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -45,8 +45,8 @@ class FilePair:
 
 
 @contextmanager
-def held_files(pid: int, module: Module) -> Iterator[FilePair]:
-    """Open both files of a module for the time of a ``with``.
+def held_files(pid: int, module: Module, successor: str) -> Iterator[FilePair]:
+    """Open the file of a module and the one at the path ``successor`` for the time of a ``with``.
 
     Raises BadInput (no such process), NotPermitted, Refused (no file is at the path, or one that somebody with fewer
     rights than the process could have put there), LivegraftError.
@@ -54,10 +54,10 @@ def held_files(pid: int, module: Module) -> Iterator[FilePair]:
     with ExitStack() as open_files:
         old = by_living_thread(pid, lambda tid: _open_mapped(pid, tid, module))
         open_files.callback(os.close, old)
-        new = by_living_thread(pid, lambda tid: _open_on_disk(pid, tid, module.path))
+        new = by_living_thread(pid, lambda tid: _open_on_disk(pid, tid, successor))
         open_files.callback(os.close, new)
-        _require_trustworthy(pid, module.path, os.fstat(new))
-        yield FilePair(pid, _held(module.path, old), _held(module.path, new))
+        _require_trustworthy(pid, successor, os.fstat(new))
+        yield FilePair(pid, _held(module.path, old), _held(successor, new))
 
 
 def _held(path: str, descriptor: int) -> HeldFile:

@@ -224,7 +224,7 @@ class Upgrade:
         patch, compared = None, False
         try:
             heed()
-            with held_files(pin.pid, image.module) as pair:
+            with held_files(pin.pid, image.module, file.successor) as pair:
                 pin.require_alive()
                 patch, compared = self._patches.patch_of(pair, file)
             outcome = self._carried_out(pin, patch)

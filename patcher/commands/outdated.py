@@ -1,9 +1,10 @@
 """List the processes that run files which were replaced on disk.
 
-For each file: new-build, where another build lies at its path (livegraft diff can be asked for a patch of the two);
-same-build, where the same build lies there again; patched, where the process carries a patch to the build that lies
-there; gone, where no program lies there; unknown, where there is no build-id to compare. Looks at every process,
-stops none, changes nothing. Processes of other users are seen by root only.
+For each file: new-build, where another build lies in its place, that is at its path, or for a library by its SONAME in
+the same folder (livegraft upgrade --dry-run says whether a patch is possible); same-build, where the same build lies
+there again; patched, where the process carries a patch to the build that lies there; gone, where no program lies there;
+unknown, where there is no build-id to compare. Looks at every process, stops none, changes nothing. Processes of other
+users are seen by root only.
 
 --batch prints lines as needrestart -b does, a NEEDRESTART-SVC for each systemd unit with a file that is not patched,
 and a LIVEGRAFT-PID for each file of each process.
@@ -64,7 +65,8 @@ def _table(found: Survey) -> list[str]:
 def _row(process: OutdatedProcess, file: OutdatedFile) -> tuple[str, ...]:
     from .shared import safe
 
-    words = (str(process.pid), process.name, file.state.value, file.path, file.package, process.unit)
+    path = file.path if file.successor == file.path else f"{file.path} -> {file.successor.rpartition('/')[2]}"
+    words = (str(process.pid), process.name, file.state.value, path, file.package, process.unit)
     return tuple(safe(word) or "-" for word in words)
 
 

@@ -1,10 +1,11 @@
 """Bring processes up to the files that replaced theirs on disk.
 
 For each executable and library of a process whose file was replaced: the old file, which stays readable while it is
-mapped, is compared with the one that lies at its path now, and the patch is applied. Several images of one process are
-patched one after the other, each in a stop of its own, libraries first; at the first that cannot be patched the rest of
-the process is left as it is. A patch is made once for each pair of builds and kept (below XDG_CACHE_HOME, for root in
-/var/cache/livegraft). What cannot be patched is listed with the reason, and how to restart it.
+mapped, is compared with the one that came in its place (at its path, or for a library by its SONAME in the same
+folder), and the patch is applied. Several images of one process are patched one after the other, each in a stop of its
+own, libraries first; at the first that cannot be patched the rest of the process is left as it is. A patch is made once
+for each pair of builds and kept (below XDG_CACHE_HOME, for root in /var/cache/livegraft). What cannot be patched is
+listed with the reason, and how to restart it.
 
 --dry-run compares, and does what check does: it says what would be done, and changes nothing in any process.
 
@@ -181,7 +182,9 @@ def _file_lines(item: UpgradedFile) -> list[str]:
     if item.fate is Fate.UNTRIED:
         lines.append("  why        the file before it could not be upgraded, or a signal came")
     else:
-        lines.append(f"  build      {item.file.running[:12] or 'none'} -> {item.file.on_disk[:12] or 'none'}")
+        came = f" of {item.file.successor}" if item.file.successor != item.file.path else ""
+        builds = f"{item.file.running[:12] or 'none'} -> {item.file.on_disk[:12] or 'none'}"
+        lines.append(f"  build      {builds}{safe(came)}")
     if item.error is not None:
         lines += _why_not(item)
     outcome = item.outcome
@@ -208,7 +211,7 @@ def _why_not(item: UpgradedFile) -> list[str]:
         lines += [f"  finding    {safe(f'{one.code}: {one.what}')}" for one in findings[:_MOST_FINDINGS]]
         if len(findings) > _MOST_FINDINGS:
             lines.append(f"             and {len(findings) - _MOST_FINDINGS} more")
-        lines.append(f"  explained  livegraft inspect {item.mapped} {safe(item.file.path)}")
+        lines.append(f"  explained  livegraft inspect {item.mapped} {safe(item.file.successor)}")
     elif error.why:
         lines.append(f"  why        {safe(error.why)}")
     return lines + ([f"  next       {safe(error.next_step)}"] if error.next_step else [])
