@@ -30,16 +30,12 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Report:
     """Look."""
     from ..outdated import survey
+    from .shared import unreadable_line
 
     found = survey()
     text = _batch(found) if arguments.batch else _table(found)
-    notes = [] if arguments.batch or not found.unreadable else [_unreadable(found)]
+    notes = [] if arguments.batch or not found.unreadable else [unreadable_line(found.unreadable)]
     return Report(_json(found), text, notes=notes)
-
-
-def _unreadable(found: Survey) -> str:
-    count = f"{found.unreadable} processes" if found.unreadable > 1 else "1 process"
-    return f"{count} could not be looked at; root sees all"
 
 
 def _json(found: Survey) -> dict[str, Any]:
@@ -54,10 +50,15 @@ def _json(found: Survey) -> dict[str, Any]:
 
 
 def _table(found: Survey) -> list[str]:
+    """A row for each file; processes of one name that run the same file share it: a server has workers."""
     if not found.processes:
         return [f"none of {found.looked_at} processes runs a file that was deleted or replaced"]
-    head = ("PID", "NAME", "STATE", "FILE", "PACKAGE", "UNIT")
-    rows = [head, *(_row(process, file) for process in found.processes for file in process.files)]
+    pids: dict[tuple[str, ...], list[str]] = {}
+    for process in found.processes:
+        for file in process.files:
+            pids.setdefault(_row(process, file), []).append(str(process.pid))
+    head = ("NAME", "STATE", "FILE", "PACKAGE", "UNIT", "PIDS")
+    rows = [head, *((*row, ",".join(running)) for row, running in pids.items())]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     return ["  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
@@ -66,8 +67,7 @@ def _row(process: OutdatedProcess, file: OutdatedFile) -> tuple[str, ...]:
     from .shared import safe
 
     path = file.path if file.successor == file.path else f"{file.path} -> {file.successor.rpartition('/')[2]}"
-    words = (str(process.pid), process.name, file.state.value, path, file.package, process.unit)
-    return tuple(safe(word) or "-" for word in words)
+    return tuple(safe(word) or "-" for word in (process.name, file.state.value, path, file.package, process.unit))
 
 
 def _batch(found: Survey) -> list[str]:

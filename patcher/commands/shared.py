@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,12 @@ def error_lines(error: LivegraftError) -> list[str]:
     lines = [error.what]
     lines += [f"  {label}: {text}" for label, text in (("why", error.why), ("next", error.next_step)) if text]
     return lines + [f"  {line}" for line in (*error.details, *getattr(error, "__notes__", ()))]
+
+
+def unreadable_line(count: int) -> str:
+    """Return that some processes may not be looked at, and who may."""
+    who = "the kernel keeps them from root, too" if os.geteuid() == 0 else "root sees all that are not kept from it"
+    return f"{count} process{'' if count == 1 else 'es'} could not be looked at; {who}"
 
 
 def state_name(state: State) -> str:

@@ -92,7 +92,7 @@ def _none_named() -> BadInput | NothingToPatch:
 
 def _report(group: Group, selection: Selection, upgrade: Upgrade, cache: PatchCache, dry_run: bool) -> Report:
     from .several import counts_line, selection_json, summary_error
-    from .shared import error_json, error_lines
+    from .shared import error_json, error_lines, unreadable_line
 
     shown = [item for item in group.results if _is_shown(item, selection, upgrade)]
     body = {
@@ -107,7 +107,7 @@ def _report(group: Group, selection: Selection, upgrade: Upgrade, cache: PatchCa
     text = [line for item in shown for line in _lines(item, upgrade.done.get(item.process.key))]
     notes = [f"{name} in {cache.folder} could not be believed, and was made again" for name in cache.discarded]
     if upgrade.unreadable:
-        notes.append(f"{upgrade.unreadable} of the processes may not be looked at by this user; root sees all")
+        notes.append(unreadable_line(upgrade.unreadable))
     if group.exit_code == 0:
         return Report(body, [*text, counts_line(group)], 0, notes)
     error = summary_error(group)

@@ -159,11 +159,21 @@ def test_the_unit_is_the_control_group_that_is_one(installed: tuple[Daemon, Path
     pytest.skip("no control group can be made here")
 
 
+def test_workers_share_a_row(kv: Kv, tmp_path: Path, livegraft: Livegraft) -> None:
+    program = tmp_path / "kv"
+    put(kv(1), program)
+    with run_kv(program) as first, run_kv(program) as second:
+        put(kv(2), program)
+        (row,) = [line for line in livegraft("outdated").stdout.splitlines() if str(program) in line.split()]
+        assert row.split()[-1] == ",".join(map(str, sorted((first.pid, second.pid))))
+
+
 def test_the_command_line(installed: tuple[Daemon, Path], kv: Kv, livegraft: Livegraft) -> None:
     daemon, program = installed
     put(kv(2), program)
-    (row,) = [line for line in livegraft("outdated").stdout.splitlines() if line.split()[0] == str(daemon.pid)]
-    assert row.split()[2:4] == ["new-build", str(program)]
+    with run_kv(kv(1)):  # which is up to date
+        (row,) = [line for line in livegraft("outdated").stdout.splitlines() if str(program) in line.split()]
+    assert row.split() == ["kv", "new-build", str(program), "-", "-", str(daemon.pid)]
     listed = {process["pid"]: process for process in livegraft("outdated", "--json").json["processes"]}
     assert listed[daemon.pid]["files"][0]["state"] == "new-build"
     batch = livegraft("outdated", "--batch").stdout.splitlines()

@@ -72,7 +72,7 @@ def test_it_is_upgraded_and_reverted(started: tuple[Running, Versioned], livegra
         assert f"{library.old}: patched" in done.stdout and f" of {library.new}" in done.stdout
         assert process.ask(1) == [1017]
         assert outdated(process.pid).state is FileState.PATCHED
-        (row,) = [line for line in livegraft("outdated").stdout.splitlines() if line.split()[0] == str(process.pid)]
+        (row,) = [line for line in livegraft("outdated").stdout.splitlines() if line.split()[-1] == str(process.pid)]
         assert f"{library.old} -> {library.new.name}" in row
         livegraft("revert", "--pid", process.pid)
         assert process.ask(1) == [1013] and altered_code(process.pid) == []
