@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -55,3 +57,30 @@ def test_a_library_that_does_not_fit_is_not_used_and_it_is_said_why(
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.startswith("None Python (the C library is ")
     assert why in done.stdout
+
+
+def true_in_c(checks: list[str], folder: Path) -> None:
+    if shutil.which("cc") is None:
+        pytest.skip("cc is not installed")
+    source = folder / "checks.c"
+    asserts = "".join(f'_Static_assert({check}, "");\n' for check in checks)
+    source.write_text(f'#include "{ROOT / "patcher" / "batch.c"}"\n#include <stddef.h>\n{asserts}')
+    done = subprocess.run(["cc", "-fsyntax-only", source], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "structure"),
+    [("filter", batch.Filter), ("stacks", batch.Stacks), ("range", batch.Range), ("pause", batch.WholePause)],
+)
+def test_structures_are_laid_out_as_in_c(name: str, structure: type[ctypes.Structure], tmp_path: Path) -> None:
+    checks = [f"sizeof(struct {name}) == {ctypes.sizeof(structure)}"]
+    for field, *_ in structure._fields_:
+        place = getattr(structure, field)
+        checks.append(f"offsetof(struct {name}, {field}) == {place.offset}")
+        checks.append(f"sizeof((struct {name}){{0}}.{field}) == {place.size}")
+    true_in_c(checks, tmp_path)
+
+
+def test_steps_are_those_of_c(tmp_path: Path) -> None:
+    true_in_c([f"{step.name} == {step.value}" for step in batch.Step], tmp_path)
