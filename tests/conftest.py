@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +23,12 @@ from patcher import batch
 
 ROOT = Path(__file__).parent.parent
 COMMAND_SECONDS = 300
+
+
+def pytest_configure() -> None:
+    """A shell that starts the tests in the background has SIGINT ignored, which they and all they start would inherit."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
