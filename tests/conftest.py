@@ -26,7 +26,7 @@ COMMAND_SECONDS = 300
 
 
 def pytest_configure() -> None:
-    """A shell that starts the tests in the background has SIGINT ignored, which they and all they start would inherit."""
+    """A shell that starts the tests in the background ignores SIGINT, which they and all they start would inherit."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
