@@ -173,7 +173,7 @@ class _Work:
             self._interrupted = error
             return Result(process, End.UNTRIED)
         except LivegraftError as error:
-            if pin.exited():
+            if pin.ending():
                 return Result(process, End.EXITED)
             return Result(process, End.FAILED, error=error)
 
@@ -232,7 +232,10 @@ def _one_taken_back(
     before = result or Result(process, End.DONE, late=True)
     try:
         with pinned(process) as pin:
-            outcome = take_back(pin, done, conditions)
+            try:
+                outcome = take_back(pin, done, conditions)
+            except LivegraftError as error:
+                return None if pin.ending() else replace(before, end=End.STUCK, error=error)
     except BadInput:
         return None  # it has exited
     except LivegraftError as error:

@@ -18,7 +18,7 @@ from pathlib import Path
 from elfdiff.errors import BadInput, LivegraftError, NotPermitted
 
 from .outdated import unit_of
-from .proc import by_living_thread, no_such_process, read_proc_file
+from .proc import by_living_thread, has_exited, no_such_process, read_proc_file
 
 _PF_KTHREAD = 0x00200000  # include/linux/sched.h
 _COMM = 15  # TASK_COMM_LEN without its zero
@@ -94,6 +94,13 @@ class Pin:
         poll = select.poll()
         poll.register(self.descriptor, select.POLLIN)
         return bool(poll.poll(0))
+
+    def ending(self) -> bool:
+        """Whether it has exited, or is about to and will execute nothing more.
+
+        Its memory is gone some time before the pidfd says so: the kernel frees it in between (do_exit, kernel/exit.c).
+        """
+        return has_exited(self.pid) or self.exited()  # in this order, or the number might be another's by then
 
     def require_alive(self) -> None:
         """Raise BadInput where it has exited: what was just opened by its number may be another's."""
