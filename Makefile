@@ -24,7 +24,7 @@ test: $(VENV)/.development ## run all tests, two at a time (ARGS='tests/unit -k 
 	@bash .ci/tools all
 	@$(RUN) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-test-real: $(VENV)/.development ## the long tests: tor, frr and memcached built twice from source, minutes each
+test-real: $(VENV)/.development ## the long tests: Apache and OpenSSH in operation, tor and frr built twice from source, minutes each
 	@bash .ci/tools real
 	@LIVEGRAFT_REAL=1 $(RUN) -m pytest -m long tests/real $(ARGS)
 

@@ -1,9 +1,11 @@
 """A client of vsftpd: one upload, or a load of sessions that verify what they get.
 
     client.py store PORT NAME FOLDER    uploads a file that is not there yet; prints the code of the server's answer
-    client.py load PORT                 until SIGTERM; prints how it went, and ends with 1 if anything failed
+    client.py load PORT FOLDER          until SIGTERM; prints how it went, and ends with 1 if anything failed
+    client.py open NAME FOLDER          has the load upload it in a session that is open since the load began
 
-Sessions of the load upload a file and fetch it again; one session stays open from the beginning to the end.
+Sessions of the load upload a file and fetch it again; two sessions stay open from the beginning to the end. FOLDER is
+the server's own folder.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ import io
 import os
 import random
 import signal
+import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -58,24 +62,56 @@ class Session:
         return answer
 
 
-def store(port: int, name: str, folder: Path) -> int:
-    (folder / name).unlink(missing_ok=True)
-    session = Session(port)
+def stored(session: ftplib.FTP, name: str, folder: Path) -> str:
+    """The code of the server's answer to the upload of a file that is not there yet."""
+    (folder / "root" / "uploads" / name).unlink(missing_ok=True)
     try:
-        answer = session.store(name, b"content")
+        return session.storbinary(f"STOR {name}", io.BytesIO(b"content"))[:3]
     except ftplib.error_perm as refusal:
-        answer = str(refusal)
-    session.quit()
-    print(answer[:3])
+        return str(refusal)[:3]
+
+
+def opened(port: int) -> ftplib.FTP:
+    session = ftplib.FTP()
+    session.connect("127.0.0.1", port, timeout=SECONDS)
+    session.login()
+    session.cwd("uploads")
+    return session
+
+
+def store(port: int, name: str, folder: Path) -> int:
+    with opened(port) as session:
+        print(stored(session, name, folder))
     return 0
 
 
-def load(port: int) -> int:
+def answer(listener: socket.socket, session: ftplib.FTP, folder: Path) -> None:
+    """Upload what others ask for, in one session that stays open."""
+    while True:
+        line, _ = listener.accept()
+        with line:
+            line.sendall(stored(session, line.recv(100).decode(), folder).encode())
+
+
+def ask(name: str, folder: Path) -> int:
+    with socket.socket(socket.AF_UNIX) as line:
+        line.settimeout(SECONDS)
+        line.connect(str(folder / "open"))
+        line.sendall(name.encode())
+        print(line.recv(100).decode())
+    return 0
+
+
+def load(port: int, folder: Path) -> int:
     stopped: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _frame: stopped.append(number))
     failed = 0
     choose = random.Random(1)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(folder / "open"))
+    listener.listen()
     try:
+        threading.Thread(target=answer, args=(listener, opened(port), folder), daemon=True).start()
         lasting = Session(port)
         number = 0
         while not stopped:
@@ -100,8 +136,10 @@ def main(words: list[str]) -> int:
     match words:
         case ["store", port, name, folder]:
             return store(int(port), name, Path(folder))
-        case ["load", port]:
-            return load(int(port))
+        case ["load", port, folder]:
+            return load(int(port), Path(folder))
+        case ["open", name, folder]:
+            return ask(name, Path(folder))
     print(__doc__, file=sys.stderr)
     return 2
 

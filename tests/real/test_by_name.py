@@ -28,7 +28,9 @@ def builds(cache_folder: Path) -> Callable[[Recipe], tuple[Built, Built]]:
 @pytest.mark.parametrize(
     ("recipe", "program"),
     [
-        pytest.param(recipe, program, id=program, marks=() if recipe is recipes.VSFTPD else pytest.mark.long)
+        pytest.param(
+            recipe, program, id=program, marks=pytest.mark.long if recipe in (recipes.TOR, recipes.FRR) else ()
+        )
         for recipe in (recipes.VSFTPD, recipes.MEMCACHED, recipes.TOR, recipes.FRR)
         for program in recipe.programs
     ],

@@ -35,7 +35,6 @@ def test_vsftpd(source_pair: Callable[[Recipe], tuple[Built, Built]]) -> None:
     assert {one.name for one in pair.analysis.patch().imports} == {"strndup", "strcpy", "strrchr"}
 
 
-@pytest.mark.long
 def test_memcached(source_pair: Callable[[Recipe], tuple[Built, Built]]) -> None:
     """0008-CVE-2026-47783-CVE-2026-47784.patch: how sasl_defs.c compares passwords."""
     pair = judge_sources(*source_pair(recipes.MEMCACHED), "memcached")
