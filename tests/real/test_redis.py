@@ -6,23 +6,30 @@ The server is under redis-benchmark and under a client that verifies every answe
 from __future__ import annotations
 
 import contextlib
+import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from elfdiff.diff import summary
 from elfdiff.patchfile import read_patch
 from fixtures.debian import Unpacked
+from fixtures.dialects import RespError
 from fixtures.intact import altered_code, mappings, writable_and_executable
 from fixtures.load import Load, Report
 from fixtures.redis import RedisBuild, RedisServer, RespClient, redis_build, run_benchmark, run_redis
+from fixtures.tracees import wait_until
 from patcher import transaction
 from patcher.inspection import inspect_process
 from patcher.record import State
 from tests.conftest import Livegraft
+from tests.real.rows import HEAD, Row
 
 pytestmark = [pytest.mark.apt, pytest.mark.root, pytest.mark.slow]
 
@@ -238,6 +245,152 @@ def test_a_patched_replica_resynchronises_through_the_new_code(
     assert altered_code(pid) == []
     wait_for_replica(site.ask)
     assert site.load.stop().failed == 0
+
+
+SLOW_SECONDS = 3.0  # what a child that writes keys is given to do; the double where that was not enough
+ATTEMPTS = 7
+JOBS = {"BGSAVE": "rdb_bgsave", "BGREWRITEAOF": "aof_rewrite"}
+"""What forks a child that writes all keys; the names by which INFO says how it goes."""
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_child_that_writes_all_keys_is_patched_with_its_parent(
+    job: str,
+    patch: Path,
+    builds: tuple[RedisBuild, RedisBuild],
+    livegraft: Livegraft,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Master and replica under load, with a log of all writes; master, child and replica there and back."""
+    old, _ = builds
+    with contextlib.ExitStack() as stack:
+        master = stack.enter_context(run_redis(old, tmp_path / "master", "--appendonly", "yes"))
+        replica = stack.enter_context(run_redis(old, tmp_path / "replica", "--replicaof", f"127.0.0.1 {master.port}"))
+        ask, ask_replica = (stack.enter_context(RespClient(one.port)) for one in (master, replica))
+        kept = fill(ask)
+        load = stack.enter_context(Load(master.port, "resp", connections=8, rate=300))
+        calm = load.more(1000).longest_us
+        tally = _Tally(load)
+        there, back = ["apply", patch], ["revert"]
+        for verb, undo in ((there, back), (back, there)):
+            whole = ("--tree", master.pid)
+            with_child(job, ask, partial(tally.note, livegraft, *verb, *whole), partial(livegraft, *undo, *whole))
+            tally.note(livegraft, *verb, "--pid", replica.pid)
+            load.more(500)
+        report = load.stop()
+        wait_for_replica(ask)
+        for one in (ask, ask_replica):  # what expires in between would make a difference
+            wait_until(partial(nothing_expires, one), "all has expired that was to")
+        digest = ask.ask("DEBUG", "DIGEST")
+        assert digest == ask_replica.ask("DEBUG", "DIGEST")
+        assert ask.ask("MGET", *kept) == ask_replica.ask("MGET", *kept) == list(kept.values())
+        assert altered_code(master.pid) == altered_code(replica.pid) == []
+        # What the log holds, the part that the child has written included, makes the same keys again.
+        shutil.copytree(master.folder, tmp_path / "again")
+        again = stack.enter_context(run_redis(old, tmp_path / "again", "--appendonly", "yes"))
+        assert stack.enter_context(RespClient(again.port)).ask("DEBUG", "DIGEST") == digest
+    assert (report.failed, report.reconnects, report.failures) == (0, 0, ())
+    versions = f"{OLD_VERSION} -> {NEW_VERSION}, {job} going on"
+    row = Row(
+        "redis", versions, [summary(read_patch(patch))], tally.processes, tally.pauses, report.served, 0, calm,
+        max(tally.longest),
+    )  # fmt: skip
+    with capsys.disabled():
+        print(f"\n{HEAD}\n{row}")
+
+
+def nothing_expires(ask: RespClient) -> bool:
+    return "expires=0" in ask.info("keyspace")["db0"]
+
+
+class _Tally:
+    """What each command on a tree said, and the longest request meanwhile."""
+
+    def __init__(self, load: Load) -> None:
+        self._load = load
+        self.pauses: list[int] = []
+        self.processes: list[int] = []
+        self.longest: list[int] = []
+
+    def note(self, livegraft: Livegraft, *arguments: object) -> int:
+        """Run a command; how many processes stood still for it."""
+        self._load.mark()
+        body = livegraft(*arguments, "--json", "--timeout", 60).json
+        self.longest.append(self._load.more(100).longest_us)
+        each = [item["pause_us"] for item in body.get("processes", [body]) if item.get("result", "done") == "done"]
+        assert None not in each, "it was done already"
+        self.pauses += each
+        self.processes.append(len(each))
+        return len(each)
+
+
+def with_child(job: str, ask: RespClient, act: Callable[[], int], undo: Callable[[], object]) -> None:
+    """Do something to master and child while the child is at work; what it writes is then without an error.
+
+    How long it works can only be told beforehand. Where it had ended too early, all is undone and done again.
+    """
+    seconds = SLOW_SECONDS
+    for _ in range(ATTEMPTS):
+        keys = ask.ask("DBSIZE")
+        assert isinstance(keys, int)
+        assert ask.ask("CONFIG", "SET", "rdb-key-save-delay", int(seconds / keys * 1e6)) == b"OK"
+        ask.ask(job)
+        wait_until(lambda: progress(job, ask), f"{job} has begun")
+        done = act()
+        in_time = progress(job, ask)
+        wait_for_job(job, ask, 4 * seconds + 60)
+        if done == 2 and in_time:
+            return
+        undo()
+        seconds *= 2
+    pytest.fail(f"the child for {job} never worked for as long as the command")
+
+
+def progress(job: str, ask: RespClient) -> bool:
+    return ask.info("persistence")[f"{JOBS[job]}_in_progress"] == "1"
+
+
+def wait_for_job(job: str, ask: RespClient, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while progress(job, ask):
+        assert time.monotonic() < end, f"no end to {job}"
+        time.sleep(0.05)  # it is asked for again: nothing tells when it has ended
+    status = {"BGSAVE": "rdb_last_bgsave_status", "BGREWRITEAOF": "aof_last_bgrewrite_status"}[job]
+    assert ask.info("persistence")[status] == "ok"
+
+
+def zipmap_with_a_long_length() -> bytes:
+    """What RESTORE takes: a hash of a kind that no server writes any more, with one field, k, of four bytes, val1.
+
+    The length of the value is given in five bytes, which is for lengths from 254 (zipmap.c describes it).
+    """
+    content = b"\x01" + b"\x01k" + b"\xfe" + (4).to_bytes(4, "little") + b"\x00val1" + b"\xff"
+    return b"\x09" + bytes([len(content)]) + content + (9).to_bytes(2, "little") + bytes(8)
+
+
+def test_the_bug_of_restore_is_there_before_and_after_and_not_in_between(
+    patch: Path, builds: tuple[RedisBuild, RedisBuild], livegraft: Livegraft, tmp_path: Path
+) -> None:
+    """CVE-2026-25243: what RESTORE is given is not validated. Here it takes a value from the wrong bytes; it stays
+    within what it was given, so nothing is harmed.
+    """
+    payload = zipmap_with_a_long_length()
+    with run_redis(builds[0], tmp_path) as server, RespClient(server.port) as ask:
+        assert ask.ask("DEBUG", "SET-SKIP-CHECKSUM-VALIDATION", 1) == b"OK"
+
+        def restored() -> object:
+            ask.ask("DEL", "hash")
+            answer = ask.ask("RESTORE", "hash", 0, payload)
+            return answer if isinstance(answer, RespError) else ask.ask("HGETALL", "hash")
+
+        assert restored() == [b"k", bytes(4)], "not val1"
+        livegraft("apply", patch, "--pid", server.pid)
+        assert restored() == RespError("ERR Bad data format")
+        assert ask.ask("EXISTS", "hash") == 0
+        livegraft("revert", "--pid", server.pid)
+        assert restored() == [b"k", bytes(4)]
+        assert altered_code(server.pid) == []
 
 
 def show(pauses: list[int], longest: list[int], report: Report) -> None:
