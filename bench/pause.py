@@ -29,7 +29,7 @@ from elfdiff.patchobject import PatchObject
 from patcher import batch
 from patcher.gating import with_gates
 from patcher.memory import Memory
-from patcher.plan import Plan, plan_revert, situation
+from patcher.plan import Ending, Plan, plan_revert, situation
 from patcher.record import STATE_OFFSET
 from patcher.target import take_snapshot
 from patcher.transaction import apply, revert
@@ -160,14 +160,14 @@ def _plan(pid: int) -> Plan:
         (record,) = seen.records
         module = module_of_record(record, seen.modules)
         assert module is not None
-        plan = plan_revert(record, situation(seen.records, module), memory.read_many, seen.modules)
-        return with_gates(plan, record.contents.journal, module, seen, memory).plan
+        plan = plan_revert([Ending(record, situation(seen.records, module))], memory.read_many, seen.modules)
+        return with_gates(plan, record.contents.journal, [module], seen, memory).plan
 
 
 def _writes(plan: Plan) -> list[tuple[int, int]]:
     """(address, bytes) of every write."""
     states = [(item.record + STATE_OFFSET, len(item.after)) for item in (*plan.first, *plan.last)]
-    return [(page.address, len(page.after)) for page in plan.pages] + states
+    return [(page.address, len(page.after)) for page in plan.writes] + states
 
 
 @contextmanager

@@ -58,6 +58,9 @@ class Binding:
     """The address of the image's struct link_map (link.h), or 0."""
     kept: tuple[KeptCode, ...] = ()
     """Old code that threads may finish (``keeping``)."""
+    set_id: str = ""
+    set_size: int = 1
+    """The set that it comes into force with, as its record will say."""
 
     @property
     def old_bias(self) -> int:

@@ -5,12 +5,14 @@ all gates ask one word whether to go on as before or as after. So there is no mo
 leaves some functions new and others old. When the pause ends, no entry leads to a gate any more; where a patcher has
 died they do, and whoever comes next sees through them (``seen_through``) and rewrites them.
 
-The gates of a process lie in a mapping of their own, which is kept for the next transaction:
+The gates of a process lie in a mapping of their own near the image of the entries, which is kept for the next
+transaction. Where one changes several images, all of their gates ask the word of the first mapping:
 
     0   magic, 8 bytes
     8   the word, u64: 0 before, 1 after
-    16  entries, u32; bytes in use, u32
-    24  SHA-256 of what follows
+    16  address of the word that these gates ask, u64
+    24  entries, u32; bytes in use, u32
+    32  SHA-256 of what follows
     64  a row for each entry: its address, u64; that of its gate, u64; five bytes before, five after
     ..  the gates
 
@@ -22,7 +24,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from elfdiff.errors import LivegraftError
 from trampolines.entry_x86_64 import ENTRY_JUMP_SIZE, entry_jump
@@ -33,12 +35,12 @@ from .memory import Memory
 from .proc import Mapping
 from .record import MEMFD_PATH
 
-MAGIC = b"LVGATES\x01"
+MAGIC = b"LVGATES\x02"
 HEADER_SIZE = 64
 WORD_OFFSET = 8
 BEFORE, AFTER = bytes(8), (1).to_bytes(8, "little")
 """The word: what the gates go on with."""
-_HEADER = struct.Struct("<8sQII32s")
+_HEADER = struct.Struct("<8sQQII32s")
 _ROW = struct.Struct(f"<QQ{ENTRY_JUMP_SIZE}s{ENTRY_JUMP_SIZE}s6x")
 ROW_SIZE = _ROW.size
 _MAX_SIZE = 16 << 20
@@ -56,7 +58,7 @@ class GatedEntry:
 
 @dataclass(frozen=True, slots=True)
 class Gates:
-    """One mapping of gates, [start, start + size). ``passed``: the word says after.
+    """One mapping of gates, [start, start + size), which ask the word at ``asks``. ``passed``: it says after.
 
     ``entries`` is empty where its contents are none or only half written; then no entry leads there.
     """
@@ -65,13 +67,22 @@ class Gates:
     size: int
     passed: bool
     entries: tuple[GatedEntry, ...]
+    asks: int = 0
+
+    @property
+    def word(self) -> int:
+        """The address of its own word."""
+        return self.start + WORD_OFFSET
 
 
-def encode_gates(rows: Sequence[tuple[int, int, bytes, bytes]], code: bytes) -> bytes:
-    """Return the contents of a mapping with the word at before: ``rows`` of address, gate, before and after."""
+def encode_gates(rows: Sequence[tuple[int, int, bytes, bytes]], code: bytes, asks: int) -> bytes:
+    """Return the contents of a mapping with its word at before: ``rows`` of address, gate, before and after.
+
+    The gates ask the word at ``asks``.
+    """
     body = b"".join(_ROW.pack(*row) for row in rows) + code
     digest = hashlib.sha256(body).digest()
-    header = _HEADER.pack(MAGIC, 0, len(rows), HEADER_SIZE + len(body), digest)
+    header = _HEADER.pack(MAGIC, 0, asks, len(rows), HEADER_SIZE + len(body), digest)
     return header.ljust(HEADER_SIZE, b"\0") + body
 
 
@@ -83,11 +94,16 @@ def find_gates(maps: Sequence[Mapping], memory: Memory) -> tuple[Gates, ...]:
             data = memory.read(mapping.start, HEADER_SIZE)
             if data.startswith(MAGIC):
                 found.append(_decode(mapping, memory.read(mapping.start, mapping.size)))
-    return tuple(found)
+    # A word that is in none of them is not ours, and what goes on by it cannot be told: no entry counts as led there.
+    words = {gates.word: gates.passed for gates in found}
+    return tuple(
+        replace(gates, passed=words[gates.asks]) if gates.asks in words else replace(gates, entries=())
+        for gates in found
+    )
 
 
 def _decode(mapping: Mapping, data: bytes) -> Gates:
-    _, word, count, used, digest = _HEADER.unpack_from(data)
+    _, word, asks, count, used, digest = _HEADER.unpack_from(data)
     rows_end = HEADER_SIZE + count * ROW_SIZE
     entries: tuple[GatedEntry, ...] = ()
     if rows_end <= used <= len(data) and hashlib.sha256(data[HEADER_SIZE:used]).digest() == digest:
@@ -97,7 +113,7 @@ def _decode(mapping: Mapping, data: bytes) -> Gates:
             for address, gate, before, after in rows
             if (jump := _jump_or_none(address, gate)) is not None
         )
-    return Gates(mapping.start, mapping.size, word != 0, entries)
+    return Gates(mapping.start, mapping.size, word != 0, entries, asks)
 
 
 def _jump_or_none(address: int, gate: int) -> bytes | None:
@@ -125,13 +141,19 @@ def jumps_to(found: Iterable[Gates]) -> dict[int, set[bytes]]:
     return jumps
 
 
-def is_idle(gates: Gates, memory: Memory) -> bool:
-    """Whether no entry leads to these gates. Raises LivegraftError where the process is gone."""
+def is_idle(gates: Gates, found: Iterable[Gates], memory: Memory) -> bool:
+    """Whether no entry leads to these gates, or to others of those ``found`` that ask their word.
+
+    Raises LivegraftError where the process is gone.
+    """
+    entries = [
+        entry for item in found if item.start == gates.start or item.asks == gates.word for entry in item.entries
+    ]
     try:
-        held = memory.read_many([(entry.address, len(entry.jump)) for entry in gates.entries])
+        held = memory.read_many([(entry.address, len(entry.jump)) for entry in entries])
     except LivegraftError:
         return False  # an entry whose image was unloaded since; these gates are left alone
-    return all(entry.jump != data for entry, data in zip(gates.entries, held, strict=True))
+    return all(entry.jump != data for entry, data in zip(entries, held, strict=True))
 
 
 def gate_ranges(found: Iterable[Gates]) -> list[ForbiddenRange]:

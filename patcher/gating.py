@@ -5,6 +5,8 @@ nothing leads yet; each page with jumps to the gates, which go on as before; the
 after; each page with what it is to hold in the end. So the threads that run on when the patcher dies run one version,
 whatever it was that it wrote last, and every step can be undone by writing what was there.
 
+The gates of an image lie near it. Where a plan writes to several images, all gates ask the word of the first ones.
+
 A plan stays as it is where one write does it all, and where code at an entry cannot run elsewhere
 (``trampolines.gate_x86_64``) or the target can map no room: then a death between two pages leaves a mixed set until
 the next command, which ``Gated.why_not`` says.
@@ -48,9 +50,11 @@ from .steps import no_step
 from .target import Snapshot
 
 _PAGE = 4096
-_LONGEST_GATE = 16 * (ENTRY_JUMP_SIZE + 4)
+_LONGEST_GATE = 16 * (ENTRY_JUMP_SIZE + 5)
 """Bytes kept for one: the fixed part, and twice five instructions each of which became a longer one."""
 _REACH = 1 << 31
+_FAR = 1 << 62
+"""A word that no image is near: its gates are the longest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,32 +75,49 @@ class _Change:
     following: bytes
 
 
-def with_gates(plan: Plan, known: Sequence[JournalEntry], module: Module, seen: Snapshot, memory: Memory) -> Gated:
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """The gates of one image as they will be: absolute start, contents, and the jump from each entry to its gate."""
+
+    start: int
+    contents: bytes
+    jumps: dict[int, bytes]
+
+
+def with_gates(
+    plan: Plan, known: Sequence[JournalEntry], images: Sequence[Module], seen: Snapshot, memory: Memory
+) -> Gated:
     """Return the gated plan for a process of which ``known`` are the entries, as its believable records say.
 
-    May map room for gates in the target. Raises Refused where a gate that was found does what no record knows;
-    Busy, LivegraftError, as ``RemoteCaller`` does.
+    ``images`` are those that the plan changes. May map room for gates in the target. Raises Refused where a gate that
+    was found does what no record knows; Busy, LivegraftError, as ``RemoteCaller`` does.
     """
     if seen.gates:  # who is in one that a dead patcher left has not gone on yet
         plan = replace(plan, forbidden=disjoint((*plan.forbidden, *gate_ranges(seen.gates))))
-    addresses = sorted({entry.address for entry in known})
-    pages = [write for write in plan.pages if any(_covers(write, address) for address in addresses)]
-    if len(pages) < 2:
+    if len(plan.pages) < 2:
         return Gated(plan)
-    changes = _changes(pages, addresses, known, seen, memory)
-    size = _size(len(changes))
+    addresses = sorted({entry.address for entry in known})
     shadow_stack = "shstk" in read_proc_file(seen.pid, "status")  # x86_Thread_features, Documentation/arch/x86/shstk
+    changes = {
+        module: _changes([write for write in plan.pages if write.address in module], addresses, known, seen, memory)
+        for module in images
+    }
+    changes = {module: found for module, found in changes.items() if found}
+    rooms: list[_Room] = []
     try:
-        _contents(module.low - size, changes, shadow_stack)  # can it be done at all, before anything is mapped
-        start = _room(size, module, seen, memory)
-        contents, jumps = _contents(start, changes, shadow_stack)
+        for module, found in changes.items():  # can it be done at all, before anything is mapped
+            _contents(module.low - _size(len(found)), _FAR, found, shadow_stack)
+        for module, found in changes.items():
+            start = _room(_size(len(found)), module, seen, memory, [room.start for room in rooms])
+            word = (rooms[0].start if rooms else start) + WORD_OFFSET
+            rooms.append(_Room(start, *_contents(start, word, found, shadow_stack)))
     except TrampolineError as error:
         return Gated(plan, str(error))
     except RemoteCallError as error:
         return Gated(plan, f"the target can map no room for it: {error.why}")
-    own = Gates(start, size, False, ())
-    forbidden = disjoint((*plan.forbidden, *gate_ranges((own,))))
-    return Gated(replace(plan, pages=_order(plan.pages, pages, start, contents, jumps, memory), forbidden=forbidden))
+    own = [Gates(room.start, len(room.contents), False, ()) for room in rooms]
+    forbidden = disjoint((*plan.forbidden, *gate_ranges(own)))
+    return Gated(replace(plan, pages=_order(plan.pages, rooms, memory), forbidden=forbidden))
 
 
 def _covers(write: PageWrite, address: int) -> bool:
@@ -142,8 +163,10 @@ def _following(address: int, seen: Snapshot, memory: Memory) -> bytes:
     return memory.read(address + ENTRY_JUMP_SIZE, end - address - ENTRY_JUMP_SIZE)
 
 
-def _contents(start: int, changes: Sequence[_Change], shadow_stack: bool) -> tuple[bytes, dict[int, bytes]]:
-    """The bytes of the mapping at ``start``, and the jump that leads from each entry to its gate."""
+def _contents(
+    start: int, word: int, changes: Sequence[_Change], shadow_stack: bool
+) -> tuple[bytes, dict[int, bytes]]:
+    """The bytes of the mapping at ``start`` whose gates ask ``word``, and the jump that leads to each entry's gate."""
     code = b""
     first = start + HEADER_SIZE + len(changes) * ROW_SIZE
     first += -first % GATE_ALIGNMENT
@@ -151,36 +174,29 @@ def _contents(start: int, changes: Sequence[_Change], shadow_stack: bool) -> tup
     for change in changes:
         address = first + len(code)
         before, after = ((data + change.following, change.address) for data in (change.before, change.after))
-        made = gate(address, start + WORD_OFFSET, before, after, shadow_stack)
+        made = gate(address, word, before, after, shadow_stack)
         code += made.ljust(-(-len(made) // GATE_ALIGNMENT) * GATE_ALIGNMENT, b"\xcc")
         rows.append((change.address, address, change.before, change.after))
     jumps = {address: entry_jump(address, place) for address, place, _, _ in rows}
-    return encode_gates(rows, bytes(first - start - HEADER_SIZE - len(changes) * ROW_SIZE) + code), jumps
+    return encode_gates(rows, bytes(first - start - HEADER_SIZE - len(changes) * ROW_SIZE) + code, word), jumps
 
 
-def _order(
-    writes: Sequence[PageWrite],
-    pages: Collection[PageWrite],
-    start: int,
-    contents: bytes,
-    jumps: dict[int, bytes],
-    memory: Memory,
-) -> tuple[PageWrite, ...]:
-    """All writes in order; those that are not of entries keep their place before or behind the pages."""
-    held = memory.read(start, len(contents))
-    fill = [
-        PageWrite(start + at, held[at : at + _PAGE], contents[at : at + _PAGE])
-        for at in range(0, len(contents), _PAGE)
-    ]
-    switched = {page: overlay(page.address, page.before, _within(page, jumps)) for page in pages}
-    index = next(position for position, write in enumerate(writes) if write in switched)
+def _order(pages: Sequence[PageWrite], rooms: Sequence[_Room], memory: Memory) -> tuple[PageWrite, ...]:
+    """All writes in order."""
+    fill = []
+    for room in rooms:
+        held = memory.read(room.start, len(room.contents))
+        fill += [
+            PageWrite(room.start + at, held[at : at + _PAGE], room.contents[at : at + _PAGE])
+            for at in range(0, len(held), _PAGE)
+        ]
+    jumps = {address: jump for room in rooms for address, jump in room.jumps.items()}
+    switched = [(page, overlay(page.address, page.before, _within(page, jumps))) for page in pages]
     return (
-        *(write for write in writes[:index] if write not in switched),
         *fill,
-        *(PageWrite(page.address, page.before, gated) for page, gated in switched.items()),
-        PageWrite(start, MAGIC + BEFORE, MAGIC + AFTER),
-        *(PageWrite(page.address, gated, page.after) for page, gated in switched.items()),
-        *(write for write in writes[index:] if write not in switched),
+        *(PageWrite(page.address, page.before, gated) for page, gated in switched),
+        PageWrite(rooms[0].start, MAGIC + BEFORE, MAGIC + AFTER),
+        *(PageWrite(page.address, gated, page.after) for page, gated in switched),
     )
 
 
@@ -188,21 +204,22 @@ def _within(page: PageWrite, jumps: dict[int, bytes]) -> dict[int, bytes]:
     return {address: jump for address, jump in jumps.items() if _covers(page, address)}
 
 
-def _room(size: int, module: Module, seen: Snapshot, memory: Memory) -> int:
-    """Where gates may be put: where others were that nobody uses, or in a new mapping.
+def _room(size: int, module: Module, seen: Snapshot, memory: Memory, given: Collection[int]) -> int:
+    """Where gates may be put: where others were that nobody uses, or in a new mapping. ``given`` are other images'.
 
     Raises RemoteCallError where the target may map nothing, Refused where there is no room near the image.
     """
     maps = mappings(seen.pid)  # since it was looked at, the patch has been mapped and what nobody used unmapped
-    for old in find_gates(maps, memory):
+    found = find_gates(maps, memory)
+    for old in found:
         near = max(module.high, old.start + old.size) - min(module.low, old.start) < _REACH
-        if old.size >= size and near and is_idle(old, memory):
+        if old.size >= size and near and old.start not in given and is_idle(old, found, memory):
             return old.start
     reserve = stack_reserve(stack_limit(seen.pid))
     around = Surroundings(maps, start_brk(seen.pid), mmap_min_addr(), reserve)
     taken: PlaceTaken | None = None
     for start in candidates(around, module.low, module.high, size, module.fixed_address):
-        empty = encode_gates((), b"").ljust(size, b"\0")
+        empty = encode_gates((), b"", start + WORD_OFFSET).ljust(size, b"\0")
         image = Image(0, b"", (BoundSegment(start, PF_R | PF_X, empty),))
         try:
             if not map_sealed(image, memory, no_step):

@@ -182,7 +182,7 @@ def _taken_back(group: Group, selection: Selection, conditions: Conditions, most
     """Take back all that was done, also what children have inherited of it, until a list brings no more of it."""
     results = {item.process.key: item for item in group.results}
     mine = {key: outcome for key, item in results.items() if (outcome := _to_take_back(item)) is not None}
-    done = {outcome.contents.instance: _how(outcome) for outcome in mine.values()}
+    done = {one.contents.instance: _how(one) for outcome in mine.values() for one in outcome.members}
     alone = {key for key, item in results.items() if key not in mine and not item.late}
     had_its_turn = set(alone)
     for _ in range(most_scans):
@@ -215,7 +215,7 @@ def _to_take_back(result: Result) -> Outcome | None:
         return None
     if outcome.state is State.REVERTED:
         return outcome if outcome.before else None
-    again = outcome.before is not None and outcome.before.contents.patch == outcome.contents.patch
+    again = any(one.before and one.before.contents.patch == one.contents.patch for one in outcome.members)
     return None if again else outcome
 
 

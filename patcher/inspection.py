@@ -11,7 +11,8 @@ from .gates import Gates, find_gates, seen_through
 from .keeping import Finishing, finishing
 from .memory import Memory
 from .proc import mappings
-from .record import DamagedRecord, Record, State, find_records
+from .record import DamagedRecord, Record, State
+from .records import find_records
 from .tracees import require_traceable
 from .transaction import mapped_bytes
 

@@ -31,6 +31,28 @@ def keepable(patch: PatchObject) -> frozenset[str]:
     return frozenset(item.name for item in patch.old_codes if not item.why_not)
 
 
+def names_by_patch(patches: Sequence[PatchObject], names: Iterable[str]) -> dict[str, list[str]]:
+    """Return which of the names are meant of which patch, by its id; one that none knows is asked of the first.
+
+    Raises BadInput where functions of two patches have it.
+    """
+    found: dict[str, list[str]] = {patch.id: [] for patch in patches}
+    for name in names:
+        owners = [patch for patch in patches if _matching(patch, name)]
+        if len(owners) > 1:
+            raise BadInput(
+                f"{name} is the name of functions of {len(owners)} patches",
+                why=" and ".join(f"{patch.id[:12]} of {patch.old.name}" for patch in owners),
+                next_step="give an address (0x...) that only one of them has; livegraft inspect shows them",
+            )
+        found[(owners or patches)[0].id].append(name)
+    return found
+
+
+def _matching(patch: PatchObject, name: str) -> list[OldCode]:
+    return [item for item in patch.old_codes if name in (item.name, hex(item.parts[0]))]
+
+
 def kept_code(patch: PatchObject, names: Iterable[str], bias: int) -> tuple[KeptCode, ...]:
     """Return the old code of the named functions, and of what each hangs together with, at load bias ``bias``.
 
@@ -53,7 +75,7 @@ def kept_code(patch: PatchObject, names: Iterable[str], bias: int) -> tuple[Kept
 
 
 def _named(patch: PatchObject, name: str) -> OldCode:
-    matching = [item for item in patch.old_codes if name in (item.name, hex(item.parts[0]))]
+    matching = _matching(patch, name)
     if len(matching) == 1:
         return matching[0]
     if matching:

@@ -63,7 +63,7 @@ class Watched:
 
     pid: int
     process: str
-    contents: Contents
+    contents: tuple[Contents, ...]
     seconds: float
     looks: int
     quiescent: int
@@ -86,7 +86,7 @@ class _Tally:
 
 
 def watch(
-    seen: Snapshot, contents: Contents, plan: Plan, memory: Memory, conditions: Conditions, seconds: float
+    seen: Snapshot, contents: tuple[Contents, ...], plan: Plan, memory: Memory, conditions: Conditions, seconds: float
 ) -> Watched:
     """Look at the process for ``seconds``, once at least, for what ``plan`` must not find live.
 
@@ -149,7 +149,9 @@ def thread_name(pid: int, tid: int) -> str:
     return text.rstrip("\n")
 
 
-def _watched(tally: _Tally, seen: Snapshot, contents: Contents, last: Sequence[LiveFrame], seconds: float) -> Watched:
+def _watched(
+    tally: _Tally, seen: Snapshot, contents: tuple[Contents, ...], last: Sequence[LiveFrame], seconds: float
+) -> Watched:
     now = time.monotonic()
     found = [replace(item, age=now - tally.began[key]) for key, item in tally.seen.items()]
     found.sort(key=lambda item: (-item.last, -item.looks, item.tid, item.function))
@@ -166,11 +168,12 @@ def _watched(tally: _Tally, seen: Snapshot, contents: Contents, last: Sequence[L
     )
 
 
-def _never_live(contents: Contents, live: Iterable[str]) -> tuple[str, ...]:
+def _never_live(contents: tuple[Contents, ...], live: Iterable[str]) -> tuple[str, ...]:
     """Names of functions, as ``plan`` gives them to old and new code of a patch."""
     names: Sequence[str] = tuple(live)
     return tuple(
         item.name
-        for item in contents.functions
+        for one in contents
+        for item in one.functions
         if item.name not in names and not any(name.startswith(f"{item.name} (patch ") for name in names)
     )

@@ -181,13 +181,13 @@ def _pause(process: SeizedProcess, threads: int, found: Quiescence | None = None
 def _writes(plan: Plan) -> list[tuple[int, bytes]]:
     """All writes as (address, bytes), in the order of ``_write``."""
     first, last = ([(item.record + STATE_OFFSET, item.after) for item in states] for states in (plan.first, plan.last))
-    return [*first, *((page.address, page.after) for page in plan.pages), *last]
+    return [*first, *((page.address, page.after) for page in plan.writes), *last]
 
 
 def _expected(plan: Plan) -> list[tuple[int, bytes]]:
     """What the plan will overwrite, as it was when the plan was made."""
     words = {write.record: write.before for write in reversed((*plan.first, *plan.last))}
-    pages = {write.address: write.before for write in reversed(plan.pages)}  # of several writes the first
+    pages = {write.address: write.before for write in reversed(plan.writes)}  # of several writes the first
     expected = list(pages.items())
     return expected + [(record + STATE_OFFSET, word) for record, word in words.items()]
 
@@ -213,7 +213,7 @@ def _write(plan: Plan, process: SeizedProcess, memory: Memory, on_step: OnStep) 
     try:
         _write_states(plan.first, memory, states)
         on_step("begun")
-        for page in plan.pages:
+        for page in plan.writes:
             pages.append(page)
             memory.write(page.address, page.after)
             on_step("page")

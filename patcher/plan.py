@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from elfdiff.errors import Refused, TargetDamaged
 from trampolines.entry_x86_64 import ENTRY_JUMP_SIZE, entry_jump
@@ -71,10 +71,11 @@ class StateWrite:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the pause does: ``first`` state words, the ``pages``, then the ``last`` state words, each in order.
+    """What the pause does: ``first`` state words, ``hooks``, ``pages``, ``unhooks``, then the ``last`` state words.
 
-    No thread may be in what is ``forbidden``, and no stack that no thread runs on may wait in what is ``parkable``, a
-    part of that.
+    Each in order. Hooks and unhooks are words through which unwind tables are found: there before the code that needs
+    them, and as long. No thread may be in what is ``forbidden``, and no stack that no thread runs on may wait in what
+    is ``parkable``, a part of that.
     """
 
     first: tuple[StateWrite, ...]
@@ -82,6 +83,37 @@ class Plan:
     last: tuple[StateWrite, ...]
     forbidden: tuple[ForbiddenRange, ...]
     parkable: tuple[ForbiddenRange, ...]
+    hooks: tuple[PageWrite, ...] = ()
+    unhooks: tuple[PageWrite, ...] = ()
+
+    @property
+    def writes(self) -> tuple[PageWrite, ...]:
+        """All writes between the first and the last state words, in order."""
+        return (*self.hooks, *self.pages, *self.unhooks)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One patch that is to come into force: its record, what ``slot`` of it will say, and the image as it is now.
+
+    ``idle`` and ``unparkable`` are ranges that nobody may be in, beside those that the records name; no stack is parked
+    in the second.
+    """
+
+    own: Record
+    contents: Contents
+    slot: int
+    now: Situation
+    idle: tuple[ForbiddenRange, ...] = ()
+    unparkable: tuple[ForbiddenRange, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """One patch that is to go out of force: an active record, and its image as it is now."""
+
+    record: Record
+    now: Situation
 
 
 def situation(records: Iterable[Record], module: Module, gates: tuple[Gates, ...] = ()) -> Situation:
@@ -208,60 +240,96 @@ def binding_ranges(binding: Binding) -> tuple[ForbiddenRange, ...]:
     return tuple(item for slot in binding.lookups for item in slot.binding)
 
 
-def plan_apply(
-    own: Record,
-    contents: Contents,
-    slot: int,
-    now: Situation,
-    read: ReadBytes,
-    idle: Sequence[ForbiddenRange] = (),
-    unparkable: Sequence[ForbiddenRange] = (),
-) -> Plan:
-    """Return the plan that puts the patch of the record ``own`` in force with new ``contents`` in ``slot``.
+def plan_apply(parts: Sequence[Part], read: ReadBytes) -> Plan:
+    """Return the plan that puts patches, each of another image, in force together.
 
-    ``idle`` and ``unparkable`` are further ranges that nobody may be in. Raises Refused where an entry holds bytes
-    that neither the file nor a record accounts for.
+    Raises Refused where an entry holds bytes that neither the file nor a record accounts for.
     """
-    others = [item for item in now.active if item.address != own.address]
-    wanted = {entry.address: entry.after for entry in contents.journal}
-    known = _known_values(now, contents.journal)
-    in_force = [item for record in now.active for item in _ranges(record.contents)]
-    put_aside = [_to(item, State.REPLACED) for item in (*others, *now.stale) if item.address != own.address]
-    parkable = (*_old_ranges(contents), *idle, *in_force)
+    own = {part.own.address for part in parts}
+    put_aside: list[StateWrite] = []
+    pages: list[PageWrite] = []
+    parkable: list[ForbiddenRange] = []
+    for part in parts:
+        now = part.now
+        others = [item for item in now.active if item.address not in own]
+        put_aside += [_to(item, State.REPLACED) for item in others]
+        put_aside += [_to(item, item.state) for item in now.stale if item not in others and item.address not in own]
+        wanted = {entry.address: entry.after for entry in part.contents.journal}
+        pages += page_writes(wanted, _known_values(now, part.contents.journal), read)
+        in_force = [item for record in now.active for item in _ranges(record.contents)]
+        parkable += [*_old_ranges(part.contents), *part.idle, *in_force]
     return Plan(
-        first=(_change(own, State.APPLYING, slot),),
-        # First the unwind tables, then the code that needs them.
-        pages=(*_words(hook_writes(contents.lookups, now.everything, read)), *page_writes(wanted, known, read)),
-        last=(_change(own, State.APPLIED, slot, State.APPLYING), *dict.fromkeys(put_aside)),
-        forbidden=disjoint((*parkable, *unparkable)),
+        first=tuple(_change(part.own, State.APPLYING, part.slot) for part in parts),
+        hooks=_hooks(parts, read),
+        pages=tuple(pages),
+        # As soon as one of a set is applied, all of them are (``record``), and what they replace is replaced.
+        last=(
+            *(_change(part.own, State.APPLIED, part.slot, State.APPLYING) for part in parts),
+            *dict.fromkeys(put_aside),
+        ),
+        forbidden=disjoint((*parkable, *(item for part in parts for item in part.unparkable))),
         parkable=disjoint(parkable),
     )
 
 
-def plan_revert(record: Record, now: Situation, read: ReadBytes, loaded: Sequence[Module] = ()) -> Plan:
-    """Return the plan that takes the patch of ``record``, an active one, out of force.
+def _hooks(parts: Sequence[Part], read: ReadBytes) -> tuple[PageWrite, ...]:
+    """The stand-ins of several patches in one slot are a chain already: each is hooked in front of the one before."""
+    written: dict[int, bytes] = {}
+
+    def held(spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        found = zip(spans, read(spans), strict=True)
+        return [written.get(address, data) for (address, _), data in found]
+
+    writes: list[WordWrite] = []
+    earlier: list[Record] = []
+    for part in parts:
+        made = hook_writes(part.contents.lookups, (*part.now.everything, *earlier), held)
+        written |= {item.address: item.after for item in made}
+        writes += made
+        earlier.append(replace(part.own, state=State.APPLYING, contents=part.contents))
+    return _words(writes)
+
+
+def plan_revert(endings: Sequence[Ending], read: ReadBytes, loaded: Sequence[Module] = ()) -> Plan:
+    """Return the plan that takes patches, each of another image and all in the same state, out of force together.
 
     An applied patch, or one whose revert was interrupted, goes back to the bytes of the file. One whose apply
     was interrupted is undone: what was in force before it is in force again. ``loaded`` are the images of the
     process. Raises Refused as ``plan_apply`` does.
     """
-    undo = record.state is State.APPLYING
-    settled = _settled(now.applied) if undo else {}
-    pristine = _known_pristine(now.active)
-    wanted = {address: settled.get(address, file_bytes) for address, file_bytes in pristine.items()}
-    others = [item for item in now.interrupted if item.address != record.address]
-    ended = [_to(item, State.REVERTED) for item in others]
-    slots = unhook_writes((record, *others), now.everything, loaded, read)
-    during = State.APPLYING if undo else State.REVERTING
-    begin = () if record.written is during else (_change(record, during, record.slot),)
-    forbidden = disjoint(item for active in now.active for item in _ranges(active.contents))
+    own = {item.record.address for item in endings}
+    settled: list[StateWrite] = []
+    begin: list[StateWrite] = []
+    pages: list[PageWrite] = []
+    ended: list[StateWrite] = []
+    gone = [item.record for item in endings]
+    for record, now in ((item.record, item.now) for item in endings):
+        undo = record.state is State.APPLYING
+        during = State.APPLYING if undo else State.REVERTING
+        pristine = _known_pristine(now.active)
+        back = _settled(now.applied) if undo else {}
+        wanted = {address: back.get(address, file_bytes) for address, file_bytes in pristine.items()}
+        pages += page_writes(wanted, _known_values(now, ()), read)
+        others = [item for item in now.interrupted if item.address not in own]
+        gone += others
+        settled += [_to(item, item.state) for item in now.stale if item.address not in own]
+        begin += [] if record.written is during else [_change(record, during, record.slot)]
+        ended += [_to(item, State.REVERTED) for item in others]
+    everything = endings[0].now.everything
+    forbidden = disjoint(range_ for item in endings for one in item.now.active for range_ in _ranges(one.contents))
     return Plan(
-        first=(*(_to(item, State.REPLACED) for item in now.stale), *begin),
-        pages=(*page_writes(wanted, _known_values(now, ()), read), *_words(slots)),
-        last=(*ended, _change(record, State.REVERTED, record.slot, during)),
+        first=(*dict.fromkeys(settled), *begin),
+        pages=tuple(pages),
+        unhooks=_words(unhook_writes(gone, everything, loaded, read)),
+        last=(*ended, *(_reverted(item.record) for item in endings)),
         forbidden=forbidden,
         parkable=forbidden,
     )
+
+
+def _reverted(record: Record) -> StateWrite:
+    during = State.APPLYING if record.state is State.APPLYING else State.REVERTING
+    return _change(record, State.REVERTED, record.slot, during)
 
 
 def _words(writes: Iterable[WordWrite]) -> tuple[PageWrite, ...]:

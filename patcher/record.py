@@ -19,6 +19,10 @@ From reverted and replaced a record may go to applying again. In applying and re
 either of the journal's values: the command that finds such a record (its patcher was killed) finishes or
 undoes it. In prepared no entry was ever changed.
 
+Patches that were put in force together are a set: their records have one ``set_id``, all state words are written before
+the first entry and again after the last, and one transaction takes all of them out of force. So where a patcher has
+died between two state words, the others tell what it had done (``records``).
+
 Everything read here is untrusted: the target can write it.
 """
 
@@ -27,19 +31,15 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from enum import IntEnum
 from typing import Any
 
 from elfdiff.errors import LivegraftError
 from elfdiff.patchobject import Build
 
-from .memory import Memory
-from .proc import Mapping
-
 MAGIC = b"LVGRAFT\x01"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 MEMFD_PATH = "/memfd:livegraft"
 """How ``/proc/PID/maps`` and ``/proc/PID/fd`` show the memory files that ``RemoteCaller`` makes."""
 STATE_OFFSET = 16
@@ -49,7 +49,6 @@ _HEADER = struct.Struct("<8sIIQ")
 _HEADER_SIZE = FIRST_SLOT
 _SLOT_HEADER = struct.Struct("<Q32s")
 _PAGE = 4096
-_MAX_RECORD = 64 << 20
 
 
 class State(IntEnum):
@@ -140,7 +139,8 @@ class Contents:
     anonymous memory. ``lifted`` are the codes of findings for which the patch would have been refused without --allow;
     ``kept`` is what --keep-live named. ``started`` is when the process that was patched had been started, in clock
     ticks since boot: a child forked by it carries the same record and was started later. ``removed`` is old code that
-    the new build no longer has, and that must be idle when the patch comes into force.
+    the new build no longer has, and that must be idle when the patch comes into force. ``set_id`` is common to the
+    ``set_size`` patches that came into force together, empty for one alone.
     """
 
     patch: str
@@ -162,6 +162,8 @@ class Contents:
     kept: tuple[KeptCode, ...] = ()
     started: int = 0
     removed: tuple[KeptCode, ...] = ()
+    set_id: str = ""
+    set_size: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +171,7 @@ class Record:
     """A record found in a process: its address and size in bytes, its state and what the slot in force says.
 
     ``written`` is the state that its state word has; ``state`` differs from it where a patcher died after it
-    had applied another patch and before it had put this one aside.
+    had applied another patch and before it had put this one aside, or between two state words of a set.
     """
 
     address: int
@@ -315,6 +317,8 @@ def _contents(value: Any) -> Contents:
         kept=tuple(_kept(item) for item in _items(fields["kept"])),
         started=_number(fields["started"]),
         removed=tuple(_kept(item) for item in _items(fields["removed"])),
+        set_id=_hex(fields["set_id"]),
+        set_size=_number(fields["set_size"]),
     )
 
 
@@ -425,51 +429,3 @@ def _lookup(value: Any) -> RecordedLookup:
 def _kept(value: Any) -> KeptCode:
     fields = _fields(value, KeptCode)
     return KeptCode(_text(fields["name"]), _number(fields["start"]), _number(fields["size"]))
-
-
-def find_records(maps: Sequence[Mapping], memory: Memory) -> tuple[tuple[Record, ...], tuple[DamagedRecord, ...]]:
-    """Return all records of a process by rising address, and what begins like one and is damaged.
-
-    Looks at the first bytes of every private writable mapping that is anonymous or comes from a memory file
-    of our name. A mapping that cannot be read cannot have been written by a patcher and is no record.
-    """
-    records = []
-    damaged = []
-    for mapping in maps:
-        if not _may_hold_record(mapping) or not _has_magic(mapping, memory):
-            continue
-        try:
-            record = decode_record(memory.read(mapping.start, mapping.size), mapping.start)
-        except LivegraftError as error:
-            damaged.append(DamagedRecord(mapping.start, error.why))
-        else:
-            records.append(record)
-    return tuple(_supersede(records)), tuple(damaged)
-
-
-def _may_hold_record(mapping: Mapping) -> bool:
-    if mapping.perms != "rw-p" or mapping.size > _MAX_RECORD:
-        return False
-    return mapping.path in ("", MEMFD_PATH)
-
-
-def _has_magic(mapping: Mapping, memory: Memory) -> bool:
-    try:
-        return memory.read(mapping.start, len(MAGIC)) == MAGIC
-    except LivegraftError:
-        return False
-
-
-def _supersede(records: Sequence[Record]) -> list[Record]:
-    """Count as replaced what an applied record says to have replaced.
-
-    The state word of the replaced record is written after that of the new one; a patcher that died in between
-    has left both as applied.
-    """
-    gone = {name for item in records if item.state is State.APPLIED for name in item.contents.replaces}
-    return [
-        replace(item, state=State.REPLACED)
-        if item.contents.instance in gone and item.state not in (State.PREPARED, State.REVERTED)
-        else item
-        for item in records
-    ]

@@ -22,7 +22,7 @@ from .gating import with_gates
 from .lookups import Chains
 from .memory import Memory
 from .pause import carry_out
-from .plan import Plan, ReadBytes, Situation, plan_apply, situation
+from .plan import Part, ReadBytes, Situation, plan_apply, situation
 from .proc import mapping_over, status
 from .record import (
     Contents,
@@ -39,7 +39,8 @@ from .selection import Pin
 from .staging import sweep
 from .steps import no_step
 from .target import Snapshot, open_target
-from .transaction import Outcome, journals, look, mapped_bytes, revert
+from .transaction import Outcome, look, mapped_bytes, revert
+from .units import journals, units
 from .unwinders import LookupSlot, lookup_slots
 from .vetting import module_of_record
 
@@ -59,9 +60,11 @@ class Done:
 
 
 def take_back(pin: Pin, done: Mapping[str, Done], conditions: Conditions) -> Outcome | None:
-    """Take back the transaction of which a process carries the record; None where it carries none of ``done``.
+    """Take back the transaction of which a process carries the records; None where it carries none of ``done``.
 
-    ``done`` is by instance. Raises as ``revert``, and Refused where what was in force before is no longer whole.
+    ``done`` is by instance. What a set has replaced comes into force again after the set has been taken out of force,
+    each unit of it in a stop of its own. Raises as ``revert``, and Refused where what was in force before is no longer
+    whole.
     """
     with open_target(pin.pid, pin) as memory:
         seen = look(pin.pid, memory)
@@ -69,12 +72,12 @@ def take_back(pin: Pin, done: Mapping[str, Done], conditions: Conditions) -> Out
         if not found:
             return None
         record = found[0]
-        how = done[record.contents.instance]
-        if not how.applied:
-            return _reinstate(record, seen, memory, conditions)
-        if how.before:
-            return _reinstate(_record_of(how.before, record, seen), seen, memory, conditions)
-    return revert(
+        before = [done[item.contents.instance].before for item in found]
+        if not done[record.contents.instance].applied:
+            return _reinstate(found, seen, memory, conditions)
+        if any(before) and len(found) == 1:
+            return _reinstate([_record_of(before[0], record, seen)], seen, memory, conditions)
+    outcome = revert(
         pin.pid,
         record.contents.patch,
         timeout=conditions.timeout,
@@ -82,6 +85,13 @@ def take_back(pin: Pin, done: Mapping[str, Done], conditions: Conditions) -> Out
         deep_limit=conditions.deep_limit,
         pin=pin,
     )
+    if not any(before):
+        return outcome
+    with open_target(pin.pid, pin) as memory:
+        seen = look(pin.pid, memory)
+        for unit in units([_record_of(instance, record, seen) for instance in before if instance]):
+            outcome = _reinstate(unit, look(pin.pid, memory), memory, conditions)
+    return outcome
 
 
 def _is_to_be_taken_back(record: Record, done: Mapping[str, Done]) -> bool:
@@ -96,16 +106,50 @@ def _record_of(instance: str, after: Record, seen: Snapshot) -> Record:
     raise _not_whole(seen, f"the record of what patch {after.short_id} replaced is gone")
 
 
-def _reinstate(record: Record, seen: Snapshot, memory: Memory, conditions: Conditions) -> Outcome:
-    """Put the patch of a record that is out of force in force again."""
-    module = module_of_record(record, seen.modules)
-    if module is None:
+def _reinstate(records: Sequence[Record], seen: Snapshot, memory: Memory, conditions: Conditions) -> Outcome:
+    """Put the patches of records that are out of force in force again, in one stop."""
+    records = sorted(records, key=lambda item: item.contents.old_bias + item.contents.old.low)  # as they were staged
+    modules = [module_of_record(record, seen.modules) for record in records]
+    images = [module for module in modules if module is not None]
+    if len(images) < len(records):
         raise _not_whole(seen, "the image is no longer mapped")
-    _require_whole(record, seen, memory)
+    for record in records:
+        _require_whole(record, seen, memory)
     sweep(seen, memory)
-    now = situation(seen.records, module, seen.gates)
-    slots = {slot.address: slot for slot in lookup_slots(seen.modules, memory)} if record.contents.lookups else {}
-    contents = replace(
+    set_id = secrets.token_hex(8) if len(records) > 1 else ""
+    slots: dict[int, LookupSlot] = {}
+    if any(record.contents.lookups for record in records):
+        slots = {slot.address: slot for slot in lookup_slots(seen.modules, memory)}
+    parts = []
+    for record, module in zip(records, images, strict=True):
+        now = situation(seen.records, module, seen.gates)
+        contents = replace(_again(record, now, slots, seen, memory), set_id=set_id, set_size=len(records))
+        parts.append(_part(record, contents, now, slots, seen, memory))
+        slots |= _behind(slots, contents, now)
+    plan = plan_apply(parts, memory.read_many)
+    known = [entry for part in parts for entry in (*part.contents.journal, *journals(part.now))]
+    gated = with_gates(plan, known, images, seen, memory)
+    pause = carry_out(gated.plan, seen, memory, conditions, no_step)
+    first, *further = (
+        Outcome(
+            pid=seen.pid,
+            process=seen.name,
+            contents=part.contents,
+            state=State.APPLIED,
+            already=False,
+            pause=pause,
+            mapped_bytes=mapped_bytes(part.own),
+            others=part.now.active,
+        )
+        for part in parts
+    )
+    return replace(first, further=tuple(further))
+
+
+def _again(
+    record: Record, now: Situation, slots: Mapping[int, LookupSlot], seen: Snapshot, memory: Memory
+) -> Contents:
+    return replace(
         record.contents,
         instance=secrets.token_hex(8),
         tool_version=version("livegraft"),
@@ -115,23 +159,34 @@ def _reinstate(record: Record, seen: Snapshot, memory: Memory, conditions: Condi
         lookups=tuple(_lookup(item, slots.get(item.slot), now, seen) for item in record.contents.lookups),
         started=status(seen.pid).start_time,
     )
+
+
+def _part(
+    record: Record,
+    contents: Contents,
+    now: Situation,
+    slots: Mapping[int, LookupSlot],
+    seen: Snapshot,
+    memory: Memory,
+) -> Part:
     data = encode_slot(contents)
     slot = free_slot(record, data)
     if slot is None:
         raise _not_whole(seen, "its record has no room for what it replaces")
     memory.write(record.address + slot, data)  # not in force until its state word says so
-    plan = _plan(record, contents, slot, now, memory, list(slots.values()))
-    gated = with_gates(plan, (*contents.journal, *journals(now)), module, seen, memory)
-    pause = carry_out(gated.plan, seen, memory, conditions, no_step)
-    return Outcome(seen.pid, seen.name, contents, State.APPLIED, False, pause, mapped_bytes(record), now.active)
+    idle = tuple(ForbiddenRange(item.name, item.start, item.start + item.size) for item in contents.removed)
+    binding = tuple(item for place in slots.values() for item in place.binding) if contents.lookups else ()
+    return Part(record, contents, slot, now, idle, binding)
 
 
-def _plan(
-    record: Record, contents: Contents, slot: int, now: Situation, memory: Memory, slots: Sequence[LookupSlot]
-) -> Plan:
-    idle = [ForbiddenRange(item.name, item.start, item.start + item.size) for item in contents.removed]
-    binding = [item for place in slots for item in place.binding]
-    return plan_apply(record, contents, slot, now, memory.read_many, idle, binding)
+def _behind(slots: Mapping[int, LookupSlot], contents: Contents, now: Situation) -> dict[int, LookupSlot]:
+    """The slots as the next of a set finds them: the stand-ins of this one are in front."""
+    chains = Chains(now.everything)
+    return {
+        item.slot: replace(slots[item.slot], value=item.stand_in, function=item.stand_in)
+        for item in contents.lookups
+        if item.stand_in not in chains.links(slots[item.slot].value)
+    }
 
 
 def _require_whole(record: Record, seen: Snapshot, memory: Memory) -> None:

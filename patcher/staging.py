@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from elfdiff.errors import Refused
@@ -20,7 +21,7 @@ from .descriptors import leaked_memory_files
 from .exclusive import exclusive
 from .fitness import no_memory
 from .gates import is_idle
-from .lookups import kept, lookup_segments, lookup_span, reusable
+from .lookups import Chains, kept, lookup_segments, lookup_span, reusable
 from .mapping import (
     Image,
     PlaceTaken,
@@ -32,8 +33,8 @@ from .mapping import (
 )
 from .memory import Memory
 from .placement import MARGIN, Surroundings, candidates, stack_reserve
-from .plan import Plan, Situation, binding_ranges, idle_ranges, journal_for_apply, plan_apply, removed_code
-from .proc import mapping_over, mmap_min_addr, stack_limit, start_brk, status
+from .plan import Part, Situation, binding_ranges, idle_ranges, journal_for_apply, plan_apply, removed_code
+from .proc import mapping_over, mappings, mmap_min_addr, stack_limit, start_brk, status
 from .record import (
     FIRST_SLOT,
     Contents,
@@ -58,26 +59,66 @@ _NO_MEMORY = frozenset({errno.ENOMEM, errno.EAGAIN})  # mmap(2): a limit; memory
 class Staged:
     """A patch that is in the process and not in force; ``mapped_bytes`` count its record, too."""
 
-    contents: Contents
-    plan: Plan
+    part: Part
     mapped_bytes: int
+
+    @property
+    def contents(self) -> Contents:
+        """What its record will say."""
+        return self.part.contents
 
 
 def stage(
-    binding: Binding, now: Situation, seen: Snapshot, memory: Memory, tool_version: str, on_step: OnStep
-) -> Staged:
-    """Bring the patch into the process and return the plan that puts it in force.
+    members: Sequence[tuple[Binding, Situation]], seen: Snapshot, memory: Memory, tool_version: str, on_step: OnStep
+) -> tuple[Staged, ...]:
+    """Bring patches into the process, each of another image; ``plan_apply`` of their parts puts them in force.
 
     Raises Refused where there is no room or the entries are not as known, Busy and LivegraftError where the
-    target could not be made to map memory; then what is left of the patch in it is for ``sweep``.
+    target could not be made to map memory; then what is left of the patches in it is for ``sweep``.
     """
+    sweep(seen, memory)
+    done: list[Staged] = []
+    for binding, now in members:
+        behind = in_front_of(binding, done, seen)
+        done.append(_stage_one(behind, now, seen, memory, tool_version, on_step, tuple(done)))
+        seen = replace(seen, maps=mappings(seen.pid))  # where the next one finds room
+    return tuple(done)
+
+
+def in_front_of(binding: Binding, earlier: Sequence[Staged], seen: Snapshot) -> Binding:
+    """The binding with its stand-ins in front of those of the patches that come into force with it."""
+    chains = Chains(seen.records)
+    values = {
+        item.slot: item.stand_in
+        for staged in earlier
+        for item in staged.contents.lookups
+    }
+    return replace(
+        binding,
+        lookups=tuple(
+            slot
+            if (first := values.get(slot.address)) is None or first in chains.links(slot.value)
+            else replace(slot, value=first, function=first)
+            for slot in binding.lookups
+        ),
+    )
+
+
+def _stage_one(
+    binding: Binding,
+    now: Situation,
+    seen: Snapshot,
+    memory: Memory,
+    tool_version: str,
+    on_step: OnStep,
+    earlier: tuple[Staged, ...],
+) -> Staged:
     for record in (*now.active, *now.idle):
         if record.contents.patch == binding.patch.id and _is_whole(record, binding, seen, memory):
             staged = _stage_again(record, binding, now, memory, tool_version)
             if staged is not None:
-                sweep(seen, memory)
                 return staged
-    return _stage_anew(binding, now, seen, memory, tool_version, on_step)
+    return _stage_anew(binding, now, seen, memory, tool_version, on_step, earlier)
 
 
 def _is_whole(record: Record, binding: Binding, seen: Snapshot, memory: Memory) -> bool:
@@ -119,15 +160,20 @@ def _stage_again(record: Record, binding: Binding, now: Situation, memory: Memor
         kept=binding.kept,
         started=status(memory.pid).start_time,
         removed=removed_code(binding),
+        set_id=binding.set_id,
+        set_size=binding.set_size,
     )
     data = encode_slot(contents)
     slot = free_slot(record, data)
     if slot is None:
         return None
     memory.write(record.address + slot, data)  # not in force until its state word says so
-    plan = plan_apply(record, contents, slot, now, memory.read_many, idle_ranges(binding), binding_ranges(binding))
     mapped = record.size + sum(item.size for item in contents.segments)
-    return Staged(contents, plan, mapped)
+    return Staged(_part(record, contents, slot, now, binding), mapped)
+
+
+def _part(own: Record, contents: Contents, slot: int, now: Situation, binding: Binding) -> Part:
+    return Part(own, contents, slot, now, idle_ranges(binding), binding_ranges(binding))
 
 
 def sweep(seen: Snapshot, memory: Memory) -> None:
@@ -157,7 +203,7 @@ def _garbage(seen: Snapshot, memory: Memory) -> tuple[tuple[int, int], ...]:
     prepared = [record for record in seen.records if record.state is State.PREPARED]
     spans = [span for record in prepared for span in own_mappings(record, seen.maps, memory)]
     if len(prepared) == len(seen.records):  # nothing was ever begun, so that nobody has been in a gate
-        spans += [(gates.start, gates.size) for gates in seen.gates if is_idle(gates, memory)]
+        spans += [(gates.start, gates.size) for gates in seen.gates if is_idle(gates, seen.gates, memory)]
     return tuple(spans)
 
 
@@ -174,9 +220,14 @@ def bases(binding: Binding, seen: Snapshot, size: int) -> tuple[int, ...]:
 
 
 def _stage_anew(
-    binding: Binding, now: Situation, seen: Snapshot, memory: Memory, tool_version: str, on_step: OnStep
+    binding: Binding,
+    now: Situation,
+    seen: Snapshot,
+    memory: Memory,
+    tool_version: str,
+    on_step: OnStep,
+    earlier: tuple[Staged, ...],
 ) -> Staged:
-    sweep(seen, memory)
     # The size of a record depends on where the patch is, by the digits of its addresses.
     room = 2 * record_size(make_draft(binding, binding.module.low, now, memory, tool_version).contents)
     span = span_of(binding)
@@ -184,7 +235,7 @@ def _stage_anew(
     for base in bases(binding, seen, span + MARGIN + room):
         draft = make_draft(binding, base, now, memory, tool_version)
         try:
-            return _map_at(binding, draft, base + span + MARGIN, now, memory, on_step)
+            return _map_at(binding, draft, base + span + MARGIN, now, memory, on_step, earlier)
         except PlaceTaken as error:
             taken = error
     raise Refused(
@@ -194,13 +245,18 @@ def _stage_anew(
     ) from taken
 
 
-def _map_at(binding: Binding, draft: Draft, record_at: int, now: Situation, memory: Memory, on_step: OnStep) -> Staged:
-    """Map a draft, from a memory file if possible; the plan is made first, since it may refuse."""
-    size = record_size(draft.contents)
-    own = Record(record_at, size, State.PREPARED, State.PREPARED, FIRST_SLOT, draft.contents)
-    plan = plan_apply(
-        own, draft.contents, FIRST_SLOT, now, memory.read_many, idle_ranges(binding), binding_ranges(binding)
-    )
+def _map_at(
+    binding: Binding,
+    draft: Draft,
+    record_at: int,
+    now: Situation,
+    memory: Memory,
+    on_step: OnStep,
+    earlier: tuple[Staged, ...],
+) -> Staged:
+    """Map a draft, from a memory file if possible; a plan is made first, since it may refuse."""
+    part = part_of(binding, draft, record_at, now)
+    plan_apply((*(item.part for item in earlier), part), memory.read_many)
     contents = draft.contents
     image = Image(record_at, encode_record(contents), draft.segments)
     total = sum(len(part.data) for part in image.parts)
@@ -214,7 +270,14 @@ def _map_at(binding: Binding, draft: Draft, record_at: int, now: Situation, memo
             raise no_memory(memory.pid, total, len(image.parts), error.errno).as_error() from error
         raise
     on_step("mapped")
-    return Staged(contents, plan, total)
+    return Staged(replace(part, own=replace(part.own, contents=contents), contents=contents), total)
+
+
+def part_of(binding: Binding, draft: Draft, record_at: int, now: Situation) -> Part:
+    """Return a draft as a part of a plan, its record at ``record_at``."""
+    size = record_size(draft.contents)
+    own = Record(record_at, size, State.PREPARED, State.PREPARED, FIRST_SLOT, draft.contents)
+    return _part(own, draft.contents, FIRST_SLOT, now, binding)
 
 
 def map_anonymous(image: Image, memory: Memory) -> None:
@@ -293,6 +356,8 @@ def make_draft(binding: Binding, base: int, now: Situation, memory: Memory, tool
         kept=binding.kept,
         started=status(memory.pid).start_time,
         removed=removed_code(binding),
+        set_id=binding.set_id,
+        set_size=binding.set_size,
     )
     return Draft(contents, segments)
 

@@ -18,7 +18,8 @@ from .interruption import deferred, heed
 from .memory import Memory
 from .modules import Module, modules
 from .proc import Mapping, executed_another_program, has_exited, mapping_over, mappings, status
-from .record import DamagedRecord, Record, find_records, permissions, segment_digest
+from .record import DamagedRecord, Record, permissions, segment_digest
+from .records import find_records
 from .selection import Pin
 from .sharing import require_own_memory
 from .tracees import reap, require_traceable

@@ -6,35 +6,50 @@ is as it was before, and one whose patcher was killed can be finished or undone 
 
 from __future__ import annotations
 
+import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 
-from elfdiff.errors import BadInput, Changed, LivegraftError, NoSuchPatch, Refused
+from elfdiff.errors import BadInput, Changed, LivegraftError, NoSuchPatch
 from elfdiff.patchobject import PatchObject
 
-from .binding import Binding, bind
+from .binding import Binding
 from .conditions import DEEP_LIMIT, Conditions
 from .gating import with_gates
 from .interruption import heed
-from .keeping import keepable, kept_code
+from .keeping import keepable
 from .liveness import Watched, watch
 from .lookups import all_in_place, require_believable_lookups
 from .memory import Memory
-from .modules import Module
 from .pause import Pause, carry_out
 from .placement import MARGIN
-from .plan import Plan, Situation, binding_ranges, idle_ranges, plan_apply, plan_revert, situation
+from .plan import Plan, Situation, disjoint, plan_apply, plan_revert
 from .proc import has_exited
-from .record import FIRST_SLOT, INTERRUPTED, Contents, JournalEntry, Record, State, record_size
+from .record import INTERRUPTED, Contents, Record, State, record_size
 from .selection import Pin
-from .staging import Staged, bases, make_draft, span_of, stage, sweep, sweep_stubs
+from .staging import Staged, bases, in_front_of, make_draft, part_of, span_of, stage, sweep
 from .steps import OnStep, no_step
 from .target import Snapshot, open_target, require_intact, take_snapshot
+from .units import (
+    Member,
+    Patches,
+    bind_all,
+    endings_of,
+    interrupted_sets,
+    journals,
+    patches_of,
+    require_together,
+    spent,
+    take_out,
+    unit_of,
+    units,
+    words,
+)
 from .unwinders import lookup_slots
-from .vetting import module_of_record, require_believable
+from .vetting import require_believable, require_whole_sets
 
 DEFAULT_TIMEOUT = 10.0
 """Seconds to wait for patched functions to be idle."""
@@ -47,6 +62,7 @@ class Outcome:
 
     ``pause`` is None where nothing was stopped; ``mapped_bytes`` is what the patch occupies in the process;
     ``others`` are records whose state changed with it (replaced, or undone); ``before`` is the record that was applied.
+    Of a set it is what was done with the first patch, and ``further`` with the others, in the same stop.
     """
 
     pid: int
@@ -58,11 +74,17 @@ class Outcome:
     mapped_bytes: int
     others: tuple[Record, ...]
     before: Record | None = None
+    further: tuple[Outcome, ...] = ()
+
+    @property
+    def members(self) -> tuple[Outcome, ...]:
+        """What was done with each patch of the set, or with the one."""
+        return (self, *self.further)
 
 
 def apply(
     pid: int,
-    patch: PatchObject,
+    patches: Patches,
     *,
     timeout: float = DEFAULT_TIMEOUT,
     deep_check: bool | None = None,
@@ -71,7 +93,9 @@ def apply(
     on_step: OnStep = no_step,
     pin: Pin | None = None,
 ) -> Outcome:
-    """Put ``patch`` in force in process ``pid``, in place of any other patch of the same image.
+    """Put ``patches`` in force in process ``pid``, each in place of any other patch of the same image.
+
+    All of a set come into force in one stop, or none.
 
     ``timeout`` (seconds) is for the functions to become idle; ``deep_check``, ``deep_limit`` and ``keep_live`` are
     those of ``Conditions``, ``pin`` is that of ``open_target``. ``on_step`` is called at each point at which the death
@@ -80,9 +104,17 @@ def apply(
     Raises BadInput, NotPermitted, Refused, Busy (a function stayed live), Changed (it kept changing meanwhile),
     LivegraftError; in all these cases the target is as before. TargetDamaged where it is not.
     """
+    given = patches_of(patches)
     with open_target(pid, pin) as memory:
-        asked = Conditions(timeout, deep_check, deep_limit, tuple(keep_live), keepable(patch))
-        return _attempts(asked, lambda left: _apply(pid, patch, memory, left, on_step))
+        asked = _conditions(given, timeout, deep_check, deep_limit, keep_live)
+        return _attempts(asked, lambda left: _apply(pid, given, memory, left, on_step))
+
+
+def _conditions(
+    patches: Sequence[PatchObject], timeout: float, deep_check: bool | None, deep_limit: int, keep_live: Sequence[str]
+) -> Conditions:
+    could = frozenset(name for patch in patches for name in keepable(patch))
+    return Conditions(timeout, deep_check, deep_limit, tuple(keep_live), could)
 
 
 def _attempts(conditions: Conditions, attempt: Callable[[Conditions], Outcome]) -> Outcome:
@@ -98,20 +130,64 @@ def _attempts(conditions: Conditions, attempt: Callable[[Conditions], Outcome]) 
     return attempt(left())
 
 
-def _apply(pid: int, patch: PatchObject, memory: Memory, conditions: Conditions, on_step: OnStep) -> Outcome:
-    seen, binding, now = _bind(pid, patch, memory, conditions.keep_live)
-    if _in_force(now, binding, memory):
-        assert now.applied is not None
-        return _already(seen, now.applied)
-    staged, pause = _stage_and_commit(binding, now, seen, memory, conditions, on_step)
-    others = tuple(record for record in now.active if record.contents.patch != patch.id)
-    mapped = staged.mapped_bytes
-    return Outcome(pid, seen.name, staged.contents, State.APPLIED, False, pause, mapped, others, now.applied)
+def _apply(
+    pid: int, patches: Sequence[PatchObject], memory: Memory, conditions: Conditions, on_step: OnStep
+) -> Outcome:
+    began = time.monotonic()
+    seen, undone = _recovered(look(pid, memory), (), memory, conditions, on_step)
+    members = bind_all(patches, seen, memory, conditions.keep_live)
+    if all(_is_in_force(item, memory) for item in members):
+        return _already(seen, [_applied(item) for item in members])
+    require_together(members, seen)
+    if len(members) > 1 and members[0].held:  # all are, and something of it is not in place
+        take_out([_applied(item) for item in members], seen, memory, spent(conditions, began), on_step)
+        seen = look(pid, memory)
+        members = bind_all(patches, seen, memory, conditions.keep_live)
+    staged, pause = _stage_and_commit(members, seen, memory, spent(conditions, began), on_step)
+    return _together(
+        Outcome(
+            pid=pid,
+            process=seen.name,
+            contents=done.contents,
+            state=State.APPLIED,
+            already=False,
+            pause=pause,
+            mapped_bytes=done.mapped_bytes,
+            others=tuple(one for one in (*item.now.active, *undone) if one.contents.patch != done.contents.patch),
+            before=item.now.applied,
+        )
+        for item, done in zip(members, staged, strict=True)
+    )
+
+
+def _together(outcomes: Iterable[Outcome]) -> Outcome:
+    first, *further = outcomes
+    return replace(first, further=tuple(further))
+
+
+def _applied(member: Member) -> Record:
+    assert member.now.applied is not None
+    return member.now.applied
+
+
+def _recovered(
+    seen: Snapshot, but: Sequence[Record], memory: Memory, conditions: Conditions, on_step: OnStep
+) -> tuple[Snapshot, tuple[Record, ...]]:
+    """Undo what a dead patcher has left of sets, ``but`` for one. Returns what is seen then, and the records undone.
+
+    A patch may be applied beside one of another image that was interrupted, but not beside some of a set.
+    """
+    left = {record.address for record in but}
+    broken = tuple(record for record in interrupted_sets(seen) if record.address not in left)
+    if not broken:
+        return seen, ()
+    take_out(broken, seen, memory, conditions, on_step)
+    return look(seen.pid, memory), broken
 
 
 def check(
     pid: int,
-    patch: PatchObject,
+    patches: Patches,
     *,
     timeout: float = DEFAULT_TIMEOUT,
     deep_check: bool | None = None,
@@ -125,29 +201,33 @@ def check(
     ``state`` of the outcome is PREPARED where ``apply`` would have put the patch in force. Raises as
     ``apply``.
     """
+    given = patches_of(patches)
     with open_target(pid, pin) as memory:
-        asked = Conditions(timeout, deep_check, deep_limit, tuple(keep_live), keepable(patch))
-        return _attempts(asked, lambda left: _check(pid, patch, memory, left))
+        asked = _conditions(given, timeout, deep_check, deep_limit, keep_live)
+        return _attempts(asked, lambda left: _check(pid, given, memory, left))
 
 
-def _check(pid: int, patch: PatchObject, memory: Memory, conditions: Conditions) -> Outcome:
-    seen, binding, now = _bind(pid, patch, memory, conditions.keep_live)
-    if _in_force(now, binding, memory):
-        assert now.applied is not None
-        return _already(seen, now.applied)
-    contents, plan = _rehearse(binding, now, seen, memory)
-    pause = carry_out(plan, seen, memory, conditions, no_step, write=False)
-    mapped = record_size(contents) + sum(item.size for item in contents.segments)
-    return Outcome(pid, seen.name, contents, State.PREPARED, False, pause, mapped, now.active)
-
-
-def _bind(
-    pid: int, patch: PatchObject, memory: Memory, keep_live: Sequence[str] = ()
-) -> tuple[Snapshot, Binding, Situation]:
+def _check(pid: int, patches: Sequence[PatchObject], memory: Memory, conditions: Conditions) -> Outcome:
     seen = look(pid, memory)
-    binding = bind(patch, seen.modules, memory, seen.records)
-    binding = replace(binding, kept=kept_code(patch, keep_live, binding.old_bias))
-    return seen, binding, situation(seen.records, binding.module, seen.gates)
+    members = bind_all(patches, seen, memory, conditions.keep_live)
+    if all(_is_in_force(item, memory) for item in members):
+        return _already(seen, [_applied(item) for item in members])
+    require_together(members, seen)
+    contents, plan = _rehearse(members, seen, memory)
+    pause = carry_out(plan, seen, memory, conditions, no_step, write=False)
+    return _together(
+        Outcome(
+            pid=pid,
+            process=seen.name,
+            contents=one,
+            state=State.PREPARED,
+            already=False,
+            pause=pause,
+            mapped_bytes=record_size(one) + sum(segment.size for segment in one.segments),
+            others=item.now.active,
+        )
+        for item, one in zip(members, contents, strict=True)
+    )
 
 
 def look(pid: int, memory: Memory) -> Snapshot:
@@ -155,14 +235,16 @@ def look(pid: int, memory: Memory) -> Snapshot:
     seen = take_snapshot(pid, memory)
     require_intact(seen)
     require_believable(seen.records, seen.modules, seen.maps, pid)
+    require_whole_sets(seen.records)
     if any(record.contents.lookups for record in seen.records):
         require_believable_lookups(seen.records, lookup_slots(seen.modules, memory), seen.modules, seen.maps)
     return seen
 
 
-def _in_force(now: Situation, binding: Binding, memory: Memory) -> bool:
+def _is_in_force(member: Member, memory: Memory) -> bool:
     """Whether the patch is applied, whole, with nothing left to finish."""
-    if now.applied is None or now.interrupted or now.applied.contents.patch != binding.patch.id:
+    binding, now = member.binding, member.now
+    if now.applied is None or now.interrupted or not member.held:
         return False
     if not all_in_place(binding, now.applied, now.everything):
         return False  # an unwinder was loaded since
@@ -171,8 +253,11 @@ def _in_force(now: Situation, binding: Binding, memory: Memory) -> bool:
     return all(entry.after == data for entry, data in zip(journal, held, strict=True))
 
 
-def _already(seen: Snapshot, record: Record) -> Outcome:
-    return Outcome(seen.pid, seen.name, record.contents, record.state, True, None, mapped_bytes(record), ())
+def _already(seen: Snapshot, records: Sequence[Record]) -> Outcome:
+    return _together(
+        Outcome(seen.pid, seen.name, record.contents, record.state, True, None, mapped_bytes(record), ())
+        for record in records
+    )
 
 
 def mapped_bytes(record: Record) -> int:
@@ -181,18 +266,14 @@ def mapped_bytes(record: Record) -> int:
 
 
 def _stage_and_commit(
-    binding: Binding,
-    now: Situation,
-    seen: Snapshot,
-    memory: Memory,
-    conditions: Conditions,
-    on_step: OnStep,
-) -> tuple[Staged, Pause]:
+    members: Sequence[Member], seen: Snapshot, memory: Memory, conditions: Conditions, on_step: OnStep
+) -> tuple[tuple[Staged, ...], Pause]:
     heed()
     try:
-        staged = stage(binding, now, seen, memory, version("livegraft"), on_step)
-        known = (*staged.contents.journal, *journals(now))
-        gated = with_gates(staged.plan, known, binding.module, seen, memory)
+        staged = stage(_of_one_set(members), seen, memory, version("livegraft"), on_step)
+        plan = plan_apply([item.part for item in staged], memory.read_many)
+        known = [entry for item in staged for entry in (*item.contents.journal, *journals(item.part.now))]
+        gated = with_gates(plan, known, [item.binding.module for item in members], seen, memory)
         return staged, carry_out(gated.plan, seen, memory, conditions, on_step)
     except BaseException as error:
         # Whatever has come in between, an interrupt too: what is mapped and not in force goes.
@@ -206,22 +287,31 @@ def _stage_and_commit(
         raise
 
 
-def journals(now: Situation) -> tuple[JournalEntry, ...]:
-    """Return the entries of all records that may be in force."""
-    return tuple(entry for record in now.active for entry in record.contents.journal)
+def _of_one_set(members: Sequence[Member]) -> tuple[tuple[Binding, Situation], ...]:
+    """The bindings of patches that come into force together; what their records will say of the set."""
+    set_id = secrets.token_hex(8) if len(members) > 1 else ""
+    return tuple((replace(item.binding, set_id=set_id, set_size=len(members)), item.now) for item in members)
 
 
-def _rehearse(binding: Binding, now: Situation, seen: Snapshot, memory: Memory) -> tuple[Contents, Plan]:
-    """What ``stage`` would do at the first place that it would try."""
+def _rehearse(members: Sequence[Member], seen: Snapshot, memory: Memory) -> tuple[tuple[Contents, ...], Plan]:
+    """What ``stage`` would do at the first places that it would try; and that nobody may be in a set that is broken."""
     tool = version("livegraft")
-    draft = make_draft(binding, binding.module.low, now, memory, tool)
-    span = span_of(binding)
-    base = bases(binding, seen, span + MARGIN + 2 * record_size(draft.contents))[0]
-    contents = make_draft(binding, base, now, memory, tool).contents
-    own = Record(base + span + MARGIN, record_size(contents), State.PREPARED, State.PREPARED, FIRST_SLOT, contents)
-    plan = plan_apply(own, contents, FIRST_SLOT, now, memory.read_many, idle_ranges(binding), binding_ranges(binding))
+    staged: list[Staged] = []
+    for item, now in _of_one_set(members):
+        binding = in_front_of(item, staged, seen)
+        draft = make_draft(binding, binding.module.low, now, memory, tool)
+        span = span_of(binding)
+        base = bases(binding, seen, span + MARGIN + 2 * record_size(draft.contents))[0]
+        draft = make_draft(binding, base, now, memory, tool)
+        staged.append(Staged(part_of(binding, draft, base + span + MARGIN, now), 0))
+    plan = plan_apply([item.part for item in staged], memory.read_many)
+    broken = interrupted_sets(seen)
+    if broken:
+        undone = plan_revert(endings_of(broken, seen)[0], memory.read_many, seen.modules)
+        forbidden, parkable = (*plan.forbidden, *undone.forbidden), (*plan.parkable, *undone.parkable)
+        plan = replace(plan, forbidden=disjoint(forbidden), parkable=disjoint(parkable))
     # There is no record yet whose state word could be compared.
-    return contents, replace(plan, first=(), last=())
+    return tuple(item.contents for item in staged), replace(plan, first=(), last=())
 
 
 def revert(
@@ -236,37 +326,60 @@ def revert(
 ) -> Outcome:
     """Take a patch out of force: the one whose id begins with ``patch_id``, or the only one there is.
 
-    The functions get the bytes of their file back. A patch whose apply was interrupted is undone: what was in
-    force before it is in force again. Its mappings stay, because pointers into its constants may live on.
-    Raises BadInput where no patch or more than one is meant; otherwise as ``apply``.
+    Of a set all patches go out of force, in one stop. The functions get the bytes of their file back. A patch whose
+    apply was interrupted is undone: what was in force before it is in force again. Its mappings stay, because pointers
+    into its constants may live on. Raises BadInput where no patch or more than one is meant; otherwise as ``apply``.
     """
     with open_target(pid, pin) as memory:
+        conditions, began = Conditions(timeout, deep_check, deep_limit), time.monotonic()
         seen = look(pid, memory)
-        record = _choose(seen, patch_id)
-        if record.state is State.REVERTED:
-            return _already(seen, record)
-        module = _module_of(record, seen)
-        now = situation(seen.records, module, seen.gates)
-        sweep_stubs(pid, memory)
-        plan = plan_revert(record, now, memory.read_many, seen.modules)
-        gated = with_gates(plan, journals(now), module, seen, memory)
-        pause = carry_out(gated.plan, seen, memory, Conditions(timeout, deep_check, deep_limit), on_step)
-        others = tuple(item for item in now.interrupted if item.address != record.address)
-        before = record if record.state is State.APPLIED else None
-        size = mapped_bytes(record)
-        return Outcome(pid, seen.name, record.contents, State.REVERTED, False, pause, size, others, before)
+        unit = _unit(seen, patch_id)
+        seen, undone = _recovered(seen, unit, memory, conditions, on_step)
+        if undone:
+            unit = _unit(seen, patch_id)
+        if unit[0].state is State.REVERTED:
+            return _already(seen, unit)
+        pause = take_out(unit, seen, memory, spent(conditions, began), on_step)
+        return _together(
+            Outcome(
+                pid=pid,
+                process=seen.name,
+                contents=record.contents,
+                state=State.REVERTED,
+                already=False,
+                pause=pause,
+                mapped_bytes=mapped_bytes(record),
+                others=(*_undone_with(record, unit, seen), *undone),
+                before=record if record.state is State.APPLIED else None,
+            )
+            for record in unit
+        )
 
 
-def watch_apply(pid: int, patch: PatchObject, seconds: float, conditions: Conditions | None = None) -> Watched | None:
-    """Look for ``seconds`` at what keeps ``patch`` from being applied; None where it is in force already.
+def _undone_with(record: Record, unit: Sequence[Record], seen: Snapshot) -> tuple[Record, ...]:
+    """What was interrupted of the same image, and goes out of force with a record."""
+    own = {item.address for item in unit}
+    key = record.contents.old.build_id, record.contents.old_bias
+    return tuple(
+        item
+        for item in seen.records
+        if item.interrupted and item.address not in own and (item.contents.old.build_id, item.contents.old_bias) == key
+    )
+
+
+def watch_apply(pid: int, patches: Patches, seconds: float, conditions: Conditions | None = None) -> Watched | None:
+    """Look for ``seconds`` at what keeps ``patches`` from being applied; None where they are in force already.
 
     Changes nothing. Raises as ``check``, but for what is live.
     """
+    given = patches_of(patches)
     with open_target(pid) as memory:
-        seen, binding, now = _bind(pid, patch, memory)
-        if _in_force(now, binding, memory):
+        seen = look(pid, memory)
+        members = bind_all(given, seen, memory)
+        if all(_is_in_force(item, memory) for item in members):
             return None
-        contents, plan = _rehearse(binding, now, seen, memory)
+        require_together(members, seen)
+        contents, plan = _rehearse(members, seen, memory)
         return watch(seen, contents, plan, memory, conditions or Conditions(), seconds)
 
 
@@ -277,23 +390,18 @@ def watch_revert(pid: int, patch_id: str, seconds: float, conditions: Conditions
     """
     with open_target(pid) as memory:
         seen = look(pid, memory)
-        record = _choose(seen, patch_id)
-        if record.state is State.REVERTED:
+        unit = _unit(seen, patch_id)
+        if unit[0].state is State.REVERTED:
             return None
-        now = situation(seen.records, _module_of(record, seen), seen.gates)
-        plan = plan_revert(record, now, memory.read_many, seen.modules)
-        return watch(seen, record.contents, plan, memory, conditions or Conditions(), seconds)
+        plan = plan_revert(endings_of(unit, seen)[0], memory.read_many, seen.modules)
+        contents = tuple(record.contents for record in unit)
+        return watch(seen, contents, plan, memory, conditions or Conditions(), seconds)
 
 
-def _module_of(record: Record, seen: Snapshot) -> Module:
-    module = module_of_record(record, seen.modules)
-    if module is None:
-        raise Refused(
-            f"{record.contents.old.name} is no longer mapped where patch {record.short_id} found it",
-            why="the program has unloaded the image; its functions and the entry jumps in them are gone",
-            next_step="nothing is to be reverted",
-        )
-    return module
+def _unit(seen: Snapshot, patch_id: str) -> tuple[Record, ...]:
+    """The patch that is meant, with the others of its set that are as it is."""
+    record = _choose(seen, patch_id)
+    return tuple(item for item in unit_of(record, seen.records) if item.state is record.state)
 
 
 def _choose(seen: Snapshot, patch_id: str) -> Record:
@@ -304,7 +412,7 @@ def _choose(seen: Snapshot, patch_id: str) -> Record:
     active = [item for item in matching if item.state is State.APPLIED or item.interrupted]
     # What was interrupted comes first: it stands between the process and any one state.
     for candidates in ([item for item in active if item.state in INTERRUPTED], active):
-        if len(candidates) == 1:
+        if len(units(candidates)) == 1:
             return candidates[0]
         if candidates:
             raise _which(seen, candidates)
@@ -339,6 +447,6 @@ def _no_such_patch(seen: Snapshot, patch_id: str, known: Sequence[Record]) -> No
 def _which(seen: Snapshot, candidates: Sequence[Record]) -> BadInput:
     return BadInput(
         f"several patches are in force in process {seen.pid} ({seen.name})",
-        why=", ".join(f"{item.short_id} of {item.contents.old.name}" for item in candidates),
+        why="; ".join(words(unit) for unit in units(candidates)),
         next_step=f"say which: livegraft revert --pid {seen.pid} {candidates[0].short_id}",
     )

@@ -33,7 +33,8 @@ from .memory import Memory
 from .modules import Module, modules
 from .outdated import FileState, OutdatedFile, OutdatedProcess, outdated_process
 from .proc import by_living_thread, mappings, no_such_process
-from .record import Record, State, find_records
+from .record import Record, State
+from .records import find_records
 from .selection import Key, Pin
 from .transaction import Outcome
 from .upgradecache import PatchCache, name_of

@@ -41,6 +41,20 @@ def require_believable(records: Iterable[Record], loaded: Sequence[Module], maps
                     _require_pristine(record, entry, mapping, descriptor)
 
 
+def require_whole_sets(records: Sequence[Record]) -> None:
+    """Raise TargetDamaged where patches of a set are in force of which the process does not carry all records."""
+    for record in records:
+        if record.state is not State.APPLIED or not record.contents.set_id:
+            continue
+        count = sum(item.contents.set_id == record.contents.set_id for item in records)
+        if count != record.contents.set_size:
+            raise TargetDamaged(
+                f"the record at {record.address:#x} cannot be believed",
+                why=f"its patch is one of a set of {record.contents.set_size}, and the process carries {count} of them",
+                next_step="restart the program; something in it has written over a record",
+            )
+
+
 def module_of_record(record: Record, loaded: Iterable[Module]) -> Module | None:
     """Return the image that a record's patch is for, or None where it is not loaded (any more)."""
     wanted = (record.contents.old.build_id, record.contents.old_bias)

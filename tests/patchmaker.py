@@ -36,14 +36,20 @@ PC32_KINDS = (2, 4)  # R_X86_64_PC32, R_X86_64_PLT32
 FLAGS = ("-O2", "-Wall", "-Wextra", "-ffunction-sections", "-Wl,--emit-relocs", "-Wl,--build-id", "-pthread")
 
 
-def compile_version(source: Path, version: int, folder: Path, *flags: str, cc: str = "gcc") -> Path:
-    """Compile ``source`` with ``-DVERSION``; the file name is the same for every version, as in an upgrade."""
+def compile_version(
+    source: Path, version: int, folder: Path, *flags: str, cc: str = "gcc", library: Path | None = None
+) -> Path:
+    """Compile ``source`` with ``-DVERSION``; the file name is the same for every version, as in an upgrade.
+
+    ``library`` is linked with it.
+    """
     out = folder / _digest(source) / f"v{version}{''.join((cc, *flags))}" / source.stem
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
         # Into a file of our own first: tests that run at the same time may build the same program.
         draft = out.with_name(f"{out.name}.{os.getpid()}")
-        subprocess.run([cc, *FLAGS, *flags, f"-DVERSION={version}", "-o", draft, source], check=True)
+        libraries = [library] if library else []
+        subprocess.run([cc, *FLAGS, *flags, f"-DVERSION={version}", "-o", draft, source, *libraries], check=True)
         draft.rename(out)
     return out
 

@@ -15,6 +15,9 @@ two pages leaves a program that runs one version of everything. A gate is
     lea rsp, [rsp + 128]
     <the instructions that were at the entry>
 
+Where the word is out of reach, since one word switches the gates of several images, its address is loaded first
+(``movabs rcx, word; mov rcx, [rcx]``).
+
 It changes no register and no flag, which callers compiled with -fipa-ra may rely on at an entry. Neither does it change
 the red zone, the 128 bytes below rsp (psABI section 3.2.2): it is free when a function is called, but not when a loop
 of the old function leads back to its entry.
@@ -42,6 +45,8 @@ GATE_ALIGNMENT = 16
 _SAVE = b"\x48\x8d\x64\x24\x80\x51"  # lea rsp, [rsp - 128]; push rcx
 _RESTORE = b"\x59\x48\x8d\xa4\x24\x80\x00\x00\x00"  # pop rcx; lea rsp, [rsp + 128]
 _LOAD_RCX = b"\x48\x8b\x0d"  # mov rcx, [rip + disp32]
+_ADDRESS_RCX = b"\x48\xb9"  # movabs rcx, imm64
+_FOLLOW_RCX = b"\x48\x8b\x09"  # mov rcx, [rcx]
 _JRCXZ = 0xE3
 _REACH = 1 << 31
 # What is not the same elsewhere, or leaves for good in a way that is not handled.
@@ -55,17 +60,26 @@ def gate(address: int, word: int, before: tuple[bytes, int], after: tuple[bytes,
     ``before`` and ``after`` are each code and the address where it stood: at least its leading instructions up to the
     fifth byte, ``LONGEST_WINDOW`` bytes being always enough. Raises TrampolineError where it cannot be moved.
     """
-    start = address + len(_SAVE) + len(_LOAD_RCX) + 4 + 2
-    head = _SAVE + _LOAD_RCX + _relative(word, start - 2)
+    load, loading = _load_word(word, address + len(_SAVE))
+    head = _SAVE + load
+    start = address + len(head) + 2
     will = _RESTORE + moved(*after, start + len(_RESTORE), shadow_stack)
     was = _RESTORE + moved(*before, start + len(will) + len(_RESTORE), shadow_stack)
     if len(will) > 127:
         raise TrampolineError(f"the gate at {address:#x} is too long for its branch")
     code = head + bytes((_JRCXZ, len(will))) + will + was
-    intended = ["lea rsp, [rsp - 0x80]", "push rcx", f"mov rcx, [{word:#x}]", f"jrcxz {start + len(will):#x}"]
+    intended = ["lea rsp, [rsp - 0x80]", "push rcx", *loading, f"jrcxz {start + len(will):#x}"]
     intended += ["pop rcx", "lea rsp, [rsp + 0x80]"]
     require_same(head + bytes((_JRCXZ, len(will))) + _RESTORE, intended, address)
     return code
+
+
+def _load_word(word: int, address: int) -> tuple[bytes, list[str]]:
+    following = address + len(_LOAD_RCX) + 4
+    if -_REACH <= word - following < _REACH:
+        return _LOAD_RCX + _relative(word, following), [f"mov rcx, [{word:#x}]"]
+    code = _ADDRESS_RCX + word.to_bytes(8, "little") + _FOLLOW_RCX
+    return code, [f"movabs rcx, {word:#x}", "mov rcx, qword ptr [rcx]"]
 
 
 def moved(code: bytes, entry: int, address: int, shadow_stack: bool) -> bytes:

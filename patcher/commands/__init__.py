@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from elfdiff.errors import BadInput
@@ -46,6 +47,17 @@ class Verb(Protocol):
 def add_pid(parser: argparse.ArgumentParser) -> None:
     """Add ``--pid``, the process to work on."""
     parser.add_argument("--pid", type=process_id, required=True, metavar="PID", help="the process")
+
+
+def add_patches(parser: argparse.ArgumentParser) -> None:
+    """Add the patch objects, one or a set."""
+    parser.add_argument(
+        "patches",
+        nargs="+",
+        type=Path,
+        metavar="PATCH",
+        help="a patch object made by livegraft diff; several, each of another image, are a set: all of them or none",
+    )
 
 
 def add_selection(parser: argparse.ArgumentParser, *, changes: bool = True, required: bool = True) -> None:

@@ -4,6 +4,9 @@ All threads are stopped for about a millisecond, at a moment when none is in a f
 moment comes, the process runs on and is looked at again. A patch of the same program that is in force already is
 replaced in the same stop. Where anything is not safe, nothing is written.
 
+Several patches, of an executable and its libraries, are a set: they come into force in one stop, all or none, and are
+reverted together. One that is in force as one of a set is replaced only together with the others.
+
 Of several processes parents are patched before their children, each in a stop of its own, and then those that were
 forked or started meanwhile, until there are no more of them; a child that a patched process has forked has the patch
 from it. What does not run the program of the patch is passed over. The exit status is 8 where some failed and others
@@ -13,10 +16,10 @@ not; with --atomic all are put back as they were, and it is that of the failure.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import Report, add_deep_check, add_keep_live, add_selection, add_timeout, selection_of
+from . import Report, add_deep_check, add_keep_live, add_patches, add_selection, add_timeout, selection_of
 
 if TYPE_CHECKING:
     from elfdiff.patchobject import PatchObject
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("patch", type=Path, metavar="PATCH", help="a patch object made by livegraft diff")
+    add_patches(parser)
     add_selection(parser)
     add_timeout(parser)
     add_deep_check(parser)
@@ -38,14 +41,15 @@ def run(arguments: argparse.Namespace) -> Report:
     from elfdiff.patchfile import read_patch
 
     from .. import transaction
+    from ..units import patches_of
 
     selection = selection_of(arguments)
-    patch = read_patch(arguments.patch)
+    patches = patches_of([read_patch(path) for path in arguments.patches])
 
     def act(pid: int, pin: Pin | None = None) -> Outcome:
         return transaction.apply(
             pid,
-            patch,
+            patches,
             timeout=arguments.timeout,
             deep_check=arguments.deep_check,
             deep_limit=arguments.deep_limit,
@@ -55,7 +59,7 @@ def run(arguments: argparse.Namespace) -> Report:
 
     if selection is None:
         outcome = act(arguments.pid)
-        return Report(_json(outcome, patch), _text(outcome, patch))
+        return Report(_json(outcome, patches), _text(outcome, patches))
 
     from ..conditions import Conditions
     from ..group import carry_out_each
@@ -64,30 +68,42 @@ def run(arguments: argparse.Namespace) -> Report:
     undo = Conditions(arguments.timeout, arguments.deep_check, arguments.deep_limit) if arguments.atomic else None
     group = carry_out_each(selection, lambda pin: act(pin.pid, pin), undo=undo)
     return group_report(
-        group, selection, lambda item: _json(item, patch), lambda item: _text(item, patch), arguments.atomic
+        group, selection, lambda item: _json(item, patches), lambda item: _text(item, patches), arguments.atomic
     )
 
 
-def _json(outcome: Outcome, patch: PatchObject) -> dict[str, Any]:
-    from .shared import findings_json, outcome_json
+def _json(outcome: Outcome, patches: Sequence[PatchObject]) -> dict[str, Any]:
+    from .shared import findings_json, patches_meant, set_json
 
-    return {**outcome_json(outcome), "findings": findings_json(patch)}
+    return set_json(outcome, lambda one: {"findings": findings_json(patches_meant(one, patches))})
 
 
-def _text(outcome: Outcome, patch: PatchObject) -> list[str]:
-    from .shared import builds_line, functions_line, kept_lines, lifted_lines, pause_line, safe, warning_lines
+def _text(outcome: Outcome, patches: Sequence[PatchObject]) -> list[str]:
+    from .shared import (
+        builds_line,
+        functions_line,
+        head_line,
+        kept_lines,
+        lifted_lines,
+        patches_meant,
+        pause_line,
+        safe,
+        warning_lines,
+    )
 
-    contents = outcome.contents
-    head = f"{safe(outcome.process)} (pid {outcome.pid})"
     if outcome.already:
-        return [f"{head} carries patch {contents.patch[:12]} already; nothing was written"]
-    return [
-        f"{head} is patched: {contents.patch[:12]}",
-        f"  build      {safe(builds_line(contents))}",
-        f"  functions  {functions_line(contents)}",
-        f"  pause      {pause_line(outcome)}",
-        f"  mapped     {outcome.mapped_bytes // 1024} KiB",
-        *(f"  {line}" for line in (*kept_lines(contents), *lifted_lines(contents), *warning_lines(patch))),
-        *(f"  replaced   {item.short_id}" for item in outcome.others),
-        f"  undo with  livegraft revert --pid {outcome.pid} {contents.patch[:12]}",
-    ]
+        return [head_line(outcome, "carries {} already; nothing was written")]
+    lines, pause = [head_line(outcome, "is patched: {}")], f"  pause      {pause_line(outcome)}"
+    lines += [pause] if outcome.further else []
+    for one in outcome.members:
+        contents = one.contents
+        lines += [
+            f"  build      {safe(builds_line(contents))}",
+            f"  functions  {functions_line(contents)}",
+            *([] if outcome.further else [pause]),
+            f"  mapped     {one.mapped_bytes // 1024} KiB",
+            *(f"  {line}" for line in kept_lines(contents)),
+            *(f"  {line}" for line in (*lifted_lines(contents), *warning_lines(patches_meant(one, patches)))),
+            *(f"  replaced   {item.short_id}" for item in one.others),
+        ]
+    return [*lines, f"  undo with  livegraft revert --pid {outcome.pid} {outcome.contents.patch[:12]}"]

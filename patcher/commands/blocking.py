@@ -25,7 +25,9 @@ _MOST_SHOWN = 12
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("patch", nargs="?", type=Path, metavar="PATCH", help="a patch object made by livegraft diff")
+    parser.add_argument(
+        "patches", nargs="*", type=Path, metavar="PATCH", help="a patch object made by livegraft diff, or a set of them"
+    )
     parser.add_argument(
         "--revert", nargs="?", const="", metavar="ID", help="ask for revert instead: of the patch with this id"
     )
@@ -43,16 +45,16 @@ def run(arguments: argparse.Namespace) -> Report:
     from .. import transaction
     from ..conditions import Conditions
 
-    if (arguments.patch is None) == (arguments.revert is None):
+    if bool(arguments.patches) == (arguments.revert is not None):
         raise BadInput(
             "name a patch object, or give --revert",
             why="what is in the way depends on what is to be written",
             next_step="livegraft blocking PATCH --pid PID",
         )
     asked = Conditions(deep_check=arguments.deep_check, deep_limit=arguments.deep_limit)
-    if arguments.patch is not None:
-        patch = read_patch(arguments.patch)
-        watched = transaction.watch_apply(arguments.pid, patch, arguments.seconds, asked)
+    if arguments.patches:
+        patches = [read_patch(path) for path in arguments.patches]
+        watched = transaction.watch_apply(arguments.pid, patches, arguments.seconds, asked)
     else:
         watched = transaction.watch_revert(arguments.pid, arguments.revert, arguments.seconds, asked)
     if watched is None:
@@ -66,7 +68,8 @@ def _json(watched: Watched) -> dict[str, Any]:
     return {
         "pid": watched.pid,
         "process": watched.process,
-        "id": watched.contents.patch,
+        "id": watched.contents[0].patch,
+        "set": [item.patch for item in watched.contents] if len(watched.contents) > 1 else [],
         "seconds": round(watched.seconds, 3),
         "looks": watched.looks,
         "quiescent": watched.quiescent,

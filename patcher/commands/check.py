@@ -8,10 +8,10 @@ apply would. The exit status is the one that apply would have. Several processes
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import Report, add_deep_check, add_keep_live, add_selection, add_timeout, selection_of
+from . import Report, add_deep_check, add_keep_live, add_patches, add_selection, add_timeout, selection_of
 
 if TYPE_CHECKING:
     from elfdiff.patchobject import PatchObject
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("patch", type=Path, metavar="PATCH", help="a patch object made by livegraft diff")
+    add_patches(parser)
     add_selection(parser, changes=False)
     add_timeout(parser)
     add_deep_check(parser)
@@ -34,15 +34,17 @@ def run(arguments: argparse.Namespace) -> Report:
     from elfdiff.secondopinion import confirm_with_lief
 
     from .. import transaction
+    from ..units import patches_of
 
     selection = selection_of(arguments)
-    patch = read_patch(arguments.patch)
-    confirm_with_lief(patch, arguments.patch)
+    patches = patches_of([read_patch(path) for path in arguments.patches])
+    for patch, path in zip(patches, arguments.patches, strict=True):
+        confirm_with_lief(patch, path)
 
     def act(pid: int, pin: Pin | None = None) -> Outcome:
         return transaction.check(
             pid,
-            patch,
+            patches,
             timeout=arguments.timeout,
             deep_check=arguments.deep_check,
             deep_limit=arguments.deep_limit,
@@ -52,37 +54,51 @@ def run(arguments: argparse.Namespace) -> Report:
 
     if selection is None:
         outcome = act(arguments.pid)
-        return Report(_json(outcome, patch), _text(outcome, patch))
+        return Report(_json(outcome, patches), _text(outcome, patches))
 
     from ..group import carry_out_each
     from .several import group_report
 
     group = carry_out_each(selection, lambda pin: act(pin.pid, pin), again=False)
-    return group_report(group, selection, lambda item: _json(item, patch), lambda item: _text(item, patch))
+    return group_report(group, selection, lambda item: _json(item, patches), lambda item: _text(item, patches))
 
 
-def _json(outcome: Outcome, patch: PatchObject) -> dict[str, Any]:
-    from .shared import findings_json, outcome_json
+def _json(outcome: Outcome, patches: Sequence[PatchObject]) -> dict[str, Any]:
+    from .shared import findings_json, patches_meant, set_json
 
     state = "applied" if outcome.already else "applicable"
-    body = {**outcome_json(outcome), "findings": findings_json(patch), "state": state}
-    body.pop("applied_at")
+    body = set_json(outcome, lambda one: {"findings": findings_json(patches_meant(one, patches)), "state": state})
+    for item in (body, *body["set"]):
+        item.pop("applied_at", None)
     return body
 
 
-def _text(outcome: Outcome, patch: PatchObject) -> list[str]:
-    from .shared import builds_line, functions_line, kept_lines, lifted_lines, pause_line, safe, warning_lines
+def _text(outcome: Outcome, patches: Sequence[PatchObject]) -> list[str]:
+    from .shared import (
+        builds_line,
+        functions_line,
+        head_line,
+        kept_lines,
+        lifted_lines,
+        patches_meant,
+        pause_line,
+        safe,
+        warning_lines,
+    )
 
-    contents = outcome.contents
-    head = f"{safe(outcome.process)} (pid {outcome.pid})"
     if outcome.already:
-        return [f"{head} carries patch {contents.patch[:12]} already"]
-    return [
-        f"{head} can take patch {contents.patch[:12]}",
-        f"  build      {safe(builds_line(contents))}",
-        f"  functions  {functions_line(contents)}",
-        f"  pause      {pause_line(outcome)}",
-        f"  to map     {outcome.mapped_bytes // 1024} KiB",
-        *(f"  {line}" for line in (*kept_lines(contents), *lifted_lines(contents), *warning_lines(patch))),
-        *(f"  replaces   {item.short_id}" for item in outcome.others),
-    ]
+        return [head_line(outcome, "carries {} already")]
+    lines, pause = [head_line(outcome, "can take {}")], f"  pause      {pause_line(outcome)}"
+    lines += [pause] if outcome.further else []
+    for one in outcome.members:
+        contents = one.contents
+        lines += [
+            f"  build      {safe(builds_line(contents))}",
+            f"  functions  {functions_line(contents)}",
+            *([] if outcome.further else [pause]),
+            f"  to map     {one.mapped_bytes // 1024} KiB",
+            *(f"  {line}" for line in kept_lines(contents)),
+            *(f"  {line}" for line in (*lifted_lines(contents), *warning_lines(patches_meant(one, patches)))),
+            *(f"  replaces   {item.short_id}" for item in one.others),
+        ]
+    return lines

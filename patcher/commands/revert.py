@@ -3,6 +3,7 @@
 Every redirected function gets the bytes of its file back, at a moment when no thread is in the new code. Where apply
 was killed half-way, what it had begun is undone, and what was in force before is in force again. The patch's own
 memory stays mapped, since pointers to its constants may live on; applying the same patch again takes it up.
+Patches that were applied as a set are taken out of force as one, in one stop, whichever of them is named.
 
 Of several processes each is reverted in a stop of its own, and then those that were forked meanwhile, until there are
 no more of them. Those that do not carry the patch are passed over. With --atomic, where one fails the patch is put in
@@ -38,7 +39,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Report:
     """Revert."""
     from .. import transaction
-    from .shared import outcome_json
+    from .shared import set_json
 
     selection = selection_of(arguments)
     if arguments.id:
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace) -> Report:
 
     if selection is None:
         outcome = act(arguments.pid)
-        return Report(outcome_json(outcome), _text(outcome))
+        return Report(set_json(outcome), _text(outcome))
 
     from ..conditions import Conditions
     from ..group import carry_out_each
@@ -64,22 +65,19 @@ def run(arguments: argparse.Namespace) -> Report:
 
     undo = Conditions(arguments.timeout, arguments.deep_check, arguments.deep_limit) if arguments.atomic else None
     group = carry_out_each(selection, lambda pin: act(pin.pid, pin), undo=undo)
-    return group_report(group, selection, outcome_json, _text, arguments.atomic)
+    return group_report(group, selection, set_json, _text, arguments.atomic)
 
 
 def _text(outcome: Outcome) -> list[str]:
-    from .shared import builds_line, functions_line, pause_line, safe
+    from .shared import builds_line, functions_line, head_line, pause_line, safe
 
-    contents = outcome.contents
-    head = f"{safe(outcome.process)} (pid {outcome.pid})"
     if outcome.already:
-        return [f"{head}: patch {contents.patch[:12]} is out of force already; nothing was written"]
-    return [
-        f"{head}: patch {contents.patch[:12]} is no longer in force",
-        f"  build      {safe(builds_line(contents))}",
-        f"  functions  {functions_line(contents)}: undone",
-        f"  pause      {pause_line(outcome)}",
-    ]
+        return [head_line(outcome, "{} is out of force already; nothing was written", colon=True)]
+    lines = [head_line(outcome, "{} is no longer in force", colon=True)]
+    for one in outcome.members:
+        lines.append(f"  build      {safe(builds_line(one.contents))}")
+        lines.append(f"  functions  {functions_line(one.contents)}: undone")
+    return [*lines, f"  pause      {pause_line(outcome)}"]
 
 
 def _require_id(text: str) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from elfdiff.errors import EXIT_NAMES, LivegraftError
 
 from . import Report, plural
-from .shared import error_json, error_lines, safe
+from .shared import error_json, error_lines, head_line, safe
 
 if TYPE_CHECKING:
     from patcher.group import Group, Result
@@ -87,7 +87,7 @@ def process_lines(result: Result, to_text: ToText) -> list[str]:
             lines.append("  inherited  from the process that forked it")
         return lines
     if result.end is End.TAKEN_BACK and outcome is not None:
-        return [f"{head}: rolled back; patch {outcome.contents.patch[:12]} is {outcome.state.name.lower()} now"]
+        return [head_line(outcome, f"rolled back; {{}} is {outcome.state.name.lower()} now", colon=True)]
     said = {
         End.EXITED: "has exited",
         End.UNTRIED: "was not touched",

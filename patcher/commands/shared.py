@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 import os
+=======
+from collections.abc import Callable, Sequence
+>>>>>>> 2c603ae (Patches of an executable and its libraries come into force as a set: in one stop, all or none)
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -97,6 +101,23 @@ def outcome_json(outcome: Outcome) -> dict[str, Any]:
     }
 
 
+def set_json(outcome: Outcome, more: Callable[[Outcome], dict[str, Any]] = lambda _: {}) -> dict[str, Any]:
+    """Return what a transaction did as JSON; ``set`` holds the same of each patch of a set, and nothing of one alone.
+
+    ``more`` is said of each beside that.
+    """
+    members = [{**outcome_json(one), **more(one)} for one in outcome.members]
+    return {**members[0], "set": members if len(members) > 1 else []}
+
+
+def head_line(outcome: Outcome, text: str, *, colon: bool = False) -> str:
+    """Return process, pid and ``text``, in which ``{}`` is what the patch, or the set, is called."""
+    ids = " ".join(one.contents.patch[:12] for one in outcome.members)
+    alone = ids if text.endswith(": {}") else f"patch {ids}"
+    named = f"the set {ids}" if outcome.further else alone
+    return f"{safe(outcome.process)} (pid {outcome.pid}){':' if colon else ''} {text.format(named)}"
+
+
 def kept_lines(contents: Contents) -> list[str]:
     """Return what was kept live, where anything was."""
     names = dict.fromkeys(safe(item.name) for item in contents.kept)
@@ -108,14 +129,19 @@ def lifted_lines(contents: Contents) -> list[str]:
     return [f"lifted     {', '.join(map(safe, contents.lifted))}, by --allow"] if contents.lifted else []
 
 
-def findings_json(patch: PatchObject) -> list[dict[str, Any]]:
-    """Return the findings of a patch as JSON."""
-    return [asdict(item) for item in patch.findings]
+def patches_meant(outcome: Outcome, patches: Sequence[PatchObject]) -> list[PatchObject]:
+    """Return the patch that an outcome is about; none where it is another one, which was put back."""
+    return [patch for patch in patches if patch.id == outcome.contents.patch]
 
 
-def warning_lines(patch: PatchObject) -> list[str]:
-    """Return what the patch warns of, a line each."""
-    return [f"warning    {item.code}: {item.what}" for item in patch.findings if not item.lifted]
+def findings_json(patches: Sequence[PatchObject]) -> list[dict[str, Any]]:
+    """Return the findings of patches as JSON."""
+    return [asdict(item) for patch in patches for item in patch.findings]
+
+
+def warning_lines(patches: Sequence[PatchObject]) -> list[str]:
+    """Return what patches warn of, a line each."""
+    return [f"warning    {item.code}: {item.what}" for patch in patches for item in patch.findings if not item.lifted]
 
 
 def moment(seconds: int) -> str:

@@ -74,7 +74,7 @@ def _text(found: Inspection) -> list[str]:
     carries = "no patch" if not count else "1 patch" if count == 1 else f"{count} patches"
     text = [f"{safe(found.process)} (pid {found.pid}) carries {carries}"]
     for patch in found.patches:
-        text += _lines(patch, found.pid)
+        text += _lines(patch, found)
     text += _finishing_lines(found)
     return text + [f"  damaged record at {item.address:#x}: {safe(item.why)}" for item in found.damaged]
 
@@ -112,11 +112,14 @@ def _json(patch: CarriedPatch) -> dict[str, Any]:
         "redirected": patch.redirected,
         "mapped_bytes": patch.mapped_bytes,
         "inherited": patch.inherited,
+        "set": {"id": patch.record.contents.set_id, "size": patch.record.contents.set_size}
+        if patch.record.contents.set_id
+        else None,
         **contents_json(patch.record.contents),
     }
 
 
-def _lines(patch: CarriedPatch, pid: int) -> list[str]:
+def _lines(patch: CarriedPatch, found: Inspection) -> list[str]:
     from .shared import builds_line, functions_line, kept_lines, lifted_lines, moment, safe, state_name
 
     record = patch.record
@@ -127,13 +130,21 @@ def _lines(patch: CarriedPatch, pid: int) -> list[str]:
         *(f"    {line}" for line in (*kept_lines(record.contents), *lifted_lines(record.contents))),
         f"    since      {moment(record.contents.time)}, by livegraft {safe(record.contents.tool_version)}",
     ]
+    if record.contents.set_id:
+        others = [
+            item.record.short_id
+            for item in found.patches
+            if item is not patch and item.record.contents.set_id == record.contents.set_id
+        ]
+        company = " ".join(others) or "none that is left"
+        lines.append(f"    set        of {record.contents.set_size}, with {company}")
     if patch.inherited:
         lines.append("    inherited  from the process that forked it")
     if record.interrupted:
         lines += [
             f"    livegraft was killed in the middle: {patch.redirected} of {patch.entries} entries are redirected",
-            f"    to undo    livegraft revert --pid {pid} {record.short_id}",
-            "    to finish  apply the same patch again",
+            f"    to undo    livegraft revert --pid {found.pid} {record.short_id}",
+            f"    to finish  apply the same {'set' if record.contents.set_id else 'patch'} again",
         ]
     elif not patch.as_it_should_be:
         lines.append(f"    but {patch.redirected} of {patch.entries} entries are redirected")

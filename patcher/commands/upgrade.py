@@ -155,7 +155,7 @@ def _file_json(item: UpgradedFile) -> dict[str, Any]:
         "compared": item.compared,
         "patch": item.patch.id if item.patch else item.outcome.contents.patch if item.outcome else None,
         "outcome": outcome_json(item.outcome) if item.outcome else None,
-        "findings": findings_json(item.patch) if item.patch else [],
+        "findings": findings_json([item.patch]) if item.patch else [],
         **({"error": error_json(item.error)} if item.error is not None else {}),
     }
 
@@ -192,7 +192,7 @@ def _file_lines(item: UpgradedFile) -> list[str]:
         lines += [
             f"  functions  {functions_line(outcome.contents)}",
             f"  pause      {pause_line(outcome)}",
-            *(f"  {safe(line)}" for line in (warning_lines(item.patch) if item.patch else [])),
+            *(f"  {safe(line)}" for line in (warning_lines([item.patch]) if item.patch else [])),
         ]
     if item.fate is Fate.PATCHED and outcome is not None:
         lines.append(f"  undo with  livegraft revert --pid {outcome.pid} {outcome.contents.patch[:12]}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,14 +26,22 @@ ANSWERS = {version: str(version * 1001) for version in (1, 2, 3)}
 class Answering:
     """The program, running; ``ask`` sends a line and returns the answer.
 
-    ``under`` is a command that starts the program as its only child, ``arguments`` are the program's.
+    ``under`` is a command that starts the program as its only child, ``arguments`` are the program's, and to ours
+    ``environment`` is added.
     """
 
-    def __init__(self, program: Path, under: tuple[str, ...] = (), arguments: tuple[str | Path, ...] = ()) -> None:
+    def __init__(
+        self,
+        program: Path,
+        under: tuple[str, ...] = (),
+        arguments: tuple[str | Path, ...] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.program = program
         self._process = subprocess.Popen(
-            [*under, program, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-        )
+            [*under, program, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+            env={**os.environ, **(environment or {})},
+        )  # fmt: skip
         self.pid = self._process.pid
         assert self.line() == "ready"
         if under:

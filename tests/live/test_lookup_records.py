@@ -26,9 +26,9 @@ from patcher.record import (
     RecordedSegment,
     State,
     encode_slot,
-    find_records,
     state_word,
 )
+from patcher.records import find_records
 from patcher.transaction import apply, check, revert
 from patcher.unwinders import LookupSlot, lookup_slots
 from tests.compile import Compiler

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import mmap
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -35,9 +35,13 @@ class Vigilant(Answering):
     ``part``, 0 to 7: with an eighth of the threads, others for each.
     """
 
-    def __init__(self, program: Path, folder: Path, part: int | None = None) -> None:
+    def __init__(
+        self, program: Path, folder: Path, part: int | None = None, environment: Mapping[str, str] | None = None
+    ) -> None:
         path = folder / f"report-{time.monotonic_ns()}"
-        super().__init__(program, arguments=(path, *(() if part is None else (str(part),))))
+        super().__init__(
+            program, arguments=(path, *(() if part is None else (str(part),))), environment=environment
+        )
         with path.open("r+b") as file:
             self._report = mmap.mmap(file.fileno(), 0)
         self.torture = Torture(self._process, self._report)

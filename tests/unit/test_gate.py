@@ -84,3 +84,16 @@ def test_a_gate_asks_its_word_and_changes_neither_register_nor_flag_nor_red_zone
     assert found == [
         *asks, *restored, "jmp 0x555500001084", *restored, "push rbx", "mov edx, 1", "jmp 0x555500001006",
     ]  # fmt: skip
+
+
+def test_a_gate_asks_a_word_that_is_out_of_reach_by_its_address() -> None:
+    """The gates of several images ask one word; flags and registers are as the callee would have found them."""
+    entry = bytes.fromhex("53ba01000000c3")
+    far = ELSEWHERE + (1 << 40)
+    near, reached = (
+        [item.text for item in decode(gate(ELSEWHERE, word, (entry, ENTRY), (entry, ENTRY), False), ELSEWHERE)]
+        for word in (ELSEWHERE - 4096, far)
+    )
+    assert reached[2:4] == [f"movabs rcx, {far:#x}", "mov rcx, qword ptr [rcx]"]
+    assert near[:2] == reached[:2] and len(reached) == len(near) + 1
+    assert near[2] == f"mov rcx, [{ELSEWHERE - 4096:#x}]"

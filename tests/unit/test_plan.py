@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from elfdiff.errors import Refused, TargetDamaged
 from patcher.forbidden import ForbiddenRange, ForbiddenRanges
 from patcher.modules import Module
-from patcher.plan import Plan, disjoint, page_writes, plan_apply, plan_revert, situation
+from patcher.plan import Ending, Part, Plan, disjoint, page_writes, plan_apply, plan_revert, situation
 from patcher.record import FIRST_SLOT, JournalEntry, Record, RecordedFunction, State, state_word
 from tests.unit.test_record import contents
 
@@ -71,7 +71,7 @@ def everything(version: int) -> list[bytes]:
 
 def apply_plan(text: Text, own: Record, others: Sequence[Record] = ()) -> Plan:
     now = situation([own, *others], MODULE)
-    return plan_apply(own, own.contents, FIRST_SLOT, now, text.read)
+    return plan_apply([Part(own, own.contents, FIRST_SLOT, now)], text.read)
 
 
 def test_apply_writes_every_entry_and_one_page_at_a_time() -> None:
@@ -114,7 +114,7 @@ def test_any_prefix_of_an_apply_can_be_finished_undone_or_replaced(pages: int, w
         text.carry_out(apply_plan(text, dead))
         assert text.entries() == everything(2)
     elif way == "undo":
-        plan = plan_revert(dead, situation([dead], MODULE), text.read)
+        plan = plan_revert([Ending(dead, situation([dead], MODULE))], text.read)
         assert not plan.first and plan.last[-1].after == state_word(State.REVERTED, FIRST_SLOT)
         text.carry_out(plan)
         assert text.entries() == everything(1)
@@ -133,7 +133,7 @@ def test_undoing_a_replacement_brings_back_what_was_in_force(pages: int) -> None
     applied = record(2, State.APPLIED)
     text.carry_out(apply_plan(text, record(3, State.PREPARED, jump(2)), [applied]), pages)
     dead = record(3, State.APPLYING, jump(2))
-    plan = plan_revert(dead, situation([applied, dead], MODULE), text.read)
+    plan = plan_revert([Ending(dead, situation([applied, dead], MODULE))], text.read)
     text.carry_out(plan)
     assert text.entries() == everything(2)
     assert [write.record for write in plan.last] == [dead.address]
@@ -145,14 +145,14 @@ def test_any_prefix_of_a_revert_can_be_finished_or_applied_again(pages: int, aga
     text = Text()
     text.carry_out(apply_plan(text, record(2, State.PREPARED)))
     applied = record(2, State.APPLIED)
-    plan = plan_revert(applied, situation([applied], MODULE), text.read)
+    plan = plan_revert([Ending(applied, situation([applied], MODULE))], text.read)
     assert plan.first[0].after == state_word(State.REVERTING, FIRST_SLOT)
     text.carry_out(plan, pages)
     dead = record(2, State.REVERTING)
     if again:
         text.carry_out(apply_plan(text, dead))
     else:
-        text.carry_out(plan_revert(dead, situation([dead], MODULE), text.read))
+        text.carry_out(plan_revert([Ending(dead, situation([dead], MODULE))], text.read))
     assert text.entries() == everything(2 if again else 1)
 
 
