@@ -20,13 +20,9 @@ from .memory import Memory
 from .modules import PT_NOTE, Module, build_id_in_notes, modules
 from .packages import owners
 from .proc import by_living_thread, mappings, no_such_process, status
-<<<<<<< HEAD
-from .record import Record, State, find_records
-from .successors import root_of, successor
-=======
 from .record import Record, State
 from .records import find_records
->>>>>>> 2c603ae (Patches of an executable and its libraries come into force as a set: in one stop, all or none)
+from .successors import root_of, successor
 
 _CODE = re.compile(rb"^[0-9a-f]+-[0-9a-f]+ ..x. [0-9a-f]+ ([0-9a-f]+):([0-9a-f]+) (\d+) +(/.*)$", re.MULTILINE)
 """A mapping of a file that may be executed (proc(5), ``/proc/PID/maps``): device, inode, path."""

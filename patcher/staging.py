@@ -113,7 +113,9 @@ def _stage_one(
     on_step: OnStep,
     earlier: tuple[Staged, ...],
 ) -> Staged:
-    for record in (*now.active, *now.idle):
+    # What is in force stays as it is until all of a set is.
+    candidates = (*now.interrupted, *now.idle) if binding.set_id else (*now.active, *now.idle)
+    for record in candidates:
         if record.contents.patch == binding.patch.id and _is_whole(record, binding, seen, memory):
             staged = _stage_again(record, binding, now, memory, tool_version)
             if staged is not None:

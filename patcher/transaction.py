@@ -139,10 +139,6 @@ def _apply(
     if all(_is_in_force(item, memory) for item in members):
         return _already(seen, [_applied(item) for item in members])
     require_together(members, seen)
-    if len(members) > 1 and members[0].held:  # all are, and something of it is not in place
-        take_out([_applied(item) for item in members], seen, memory, spent(conditions, began), on_step)
-        seen = look(pid, memory)
-        members = bind_all(patches, seen, memory, conditions.keep_live)
     staged, pause = _stage_and_commit(members, seen, memory, spent(conditions, began), on_step)
     return _together(
         Outcome(

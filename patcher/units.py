@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from elfdiff.errors import BadInput, LivegraftError, NotConcerned, Refused
 from elfdiff.patchobject import PatchObject
 
-from .binding import Binding, bind
+from .binding import PF_W, Binding, bind
 from .conditions import Conditions
 from .gating import with_gates
 from .keeping import kept_code, names_by_patch
@@ -95,16 +95,20 @@ def _name_member(error: LivegraftError, patch: PatchObject, count: int) -> None:
 
 
 def require_together(members: Sequence[Member], seen: Snapshot) -> None:
-    """Raise Refused where a set that is in force would be left in part, or the new one would be only in part new."""
-    held = [item for item in members if item.held]
-    if held and len(held) < len(members):
-        patch = held[0].binding.patch
-        raise Refused(
-            f"the patch {patch.id[:12]} of {patch.old.name} is in force already, without the others",
-            why="patches of a set come into force, and are taken back, together",
-            next_step=f"livegraft revert --pid {seen.pid} {patch.id[:12]}, and then apply the set; "
-            "or apply the others by themselves",
-        )
+    """Raise Refused where a set that is in force would be left in part, or a patch in force cannot join the new one.
+
+    It joins by another copy of itself (``staging``), since a record that is in force cannot be given another set: a
+    death between two state words would not tell any more what was there before.
+    """
+    for item in members if len(members) > 1 else ():
+        if item.held and any(segment.flags & PF_W for segment in item.binding.patch.segments):
+            patch = item.binding.patch
+            raise Refused(
+                f"the patch {patch.id[:12]} of {patch.old.name} is in force already, and cannot become one of a set",
+                why="it has brought variables, which would begin anew",
+                next_step="apply the others by themselves; or take it back first: "
+                f"livegraft revert --pid {seen.pid} {patch.id[:12]}",
+            )
     covered = {record.address for item in members for record in item.now.active}
     for address in covered:
         record = next(item for item in seen.records if item.address == address)

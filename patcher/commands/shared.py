@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
 import os
-=======
 from collections.abc import Callable, Sequence
->>>>>>> 2c603ae (Patches of an executable and its libraries come into force as a set: in one stop, all or none)
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any

@@ -69,8 +69,6 @@ def test_a_set_in_force_is_replaced_as_one(built: Pairs, program: Answering) -> 
         for command in (apply, check):
             with pytest.raises(Refused, match="one of a set of 2"):
                 command(program.pid, patch)
-    with pytest.raises(Refused, match="in force already, without the others"):
-        apply(program.pid, (built.to[2][0], built.to[3][1]))
     both(program, 2)
     assert version_in_force(program, built) == 2
     outcome = apply(program.pid, built.to[3], timeout=PATIENCE)
@@ -81,11 +79,15 @@ def test_a_set_in_force_is_replaced_as_one(built: Pairs, program: Answering) -> 
     both(program, 3)
 
 
-def test_patches_that_were_applied_alone_are_replaced_by_a_set(built: Pairs, program: Answering) -> None:
+def test_patches_that_were_applied_alone_become_a_set(built: Pairs, program: Answering) -> None:
     apply(program.pid, built.to[2][0], timeout=PATIENCE)
-    with pytest.raises(Refused, match="in force already, without the others"):
-        apply(program.pid, built.to[2])
-    apply(program.pid, built.to[2][1], timeout=PATIENCE)
+    assert program.ask() == "2001"
+    apply(program.pid, built.to[2], timeout=PATIENCE)
+    program.answers(2)
+    assert version_in_force(program, built) == 2
+    assert len(revert(program.pid, timeout=PATIENCE).members) == 2
+    for patch in built.to[2]:
+        apply(program.pid, patch, timeout=PATIENCE)
     assert apply(program.pid, built.to[2]).already
     with pytest.raises(BadInput, match="several patches are in force"):
         revert(program.pid)
