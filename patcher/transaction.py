@@ -181,6 +181,15 @@ def _recovered(
     return look(seen.pid, memory), broken
 
 
+def require_fit(pid: int, patch: PatchObject, *, pin: Pin | None = None) -> None:
+    """Raise what ``apply`` would before it stops the process: the patch is for another build, an import is not there.
+
+    Changes nothing, and stops nobody.
+    """
+    with open_target(pid, pin) as memory:
+        bind_all((patch,), look(pid, memory), memory)
+
+
 def check(
     pid: int,
     patches: Patches,

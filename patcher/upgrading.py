@@ -1,15 +1,15 @@
-"""Upgrades: a process that runs old builds is patched to the builds that lie on disk now, one image after the other.
+"""Upgrades: a process that runs old builds is patched to the builds that lie on disk now, all images in one stop.
 
-Libraries come first, in the order of their addresses, and the executable last: an old program with a new library is
-what a package manager also makes, a new program with an old library is not. At the first image that cannot be patched
-the others of the process are left alone, for the same reason.
+What was installed together may belong together, as a program and its own library do, and nobody can tell. So the
+images of a process are a set; and where one of them cannot be patched, the others are left alone, unless it is asked
+for that what can be patched is.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from elfdiff.diff import Options, diff
@@ -53,10 +53,11 @@ class Fate(Enum):
     REFUSED = "refused"  # not safe, or there is no new build
     BUSY = "busy"  # a function stayed live
     FAILED = "failed"  # the error says why
-    UNTRIED = "not-tried"  # another file of the process could not be patched
+    UNTRIED = "not-tried"  # another file of the process cannot be patched
 
 
 GOOD = (Fate.PATCHED, Fate.PATCHABLE, Fate.ALREADY)
+_BAD = (Fate.REFUSED, Fate.BUSY, Fate.FAILED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +88,14 @@ class Upgraded:
 class _Image:
     """An outdated file as it is mapped; ``record`` is the patch in force to the build that lies on disk, if any.
 
-    ``mapped`` as in ``UpgradedFile``.
+    ``mapped`` as in ``UpgradedFile``; ``sets`` are those of which a patch of it is in force.
     """
 
     file: OutdatedFile
     module: Module
     mapped: str
     record: Record | None
+    sets: frozenset[str]
 
 
 class Patches:
@@ -167,37 +169,42 @@ def _said(error: LivegraftError, kind: type[LivegraftError], named: Callable[[st
 class Upgrade:
     """The upgrade of several processes, one at a time by ``act``; ``done`` is what became of each so far."""
 
-    def __init__(self, cache: PatchCache, conditions: Conditions, *, dry_run: bool, everybody: bool) -> None:
-        """``everybody``: processes were not named, so one that may not be looked at is counted and passed over."""
+    def __init__(
+        self, cache: PatchCache, conditions: Conditions, *, dry_run: bool, everybody: bool, partial: bool = False
+    ) -> None:
+        """``everybody``: processes were not named, so one that may not be looked at is counted and passed over.
+
+        ``partial``: what can be patched of a process is, also where something else of it cannot.
+        """
         self.done: dict[Key, Upgraded] = {}
         self.unreadable = 0
         self._patches = Patches(cache)
         self._conditions = conditions
         self._dry_run = dry_run
         self._everybody = everybody
+        self._partial = partial
 
     def act(self, pin: Pin) -> Outcome:
-        """Upgrade one process, for ``carry_out_each``; returns what was done to the last of its files.
+        """Upgrade one process, for ``carry_out_each``; returns what was done to it.
 
         Raises NothingToPatch, the error of the file that failed, or Partial where others of the process were done.
         """
         process = self._outdated(pin)
         images = _images(pin, process)
-        results: list[UpgradedFile] = []
-        for index, image in enumerate(images):
-            try:
-                results.append(self._one(pin, image, process))
-            except Interrupted as error:
-                if not _good(results):
-                    raise
-                # The signal is still noted, so it is heeded before anything is done to the next process.
-                done = f"when {len(_good(results))} of {len(images)} files were done"
-                why = f"{error.why.partition(' came ')[0]} came {done}"
-                raise Partial("the process was upgraded in part", why=why, next_step=error.next_step) from error
-            rest = (UpgradedFile(item.file, Fate.UNTRIED, item.mapped) for item in images[index + 1 :])
-            self.done[pin.process.key] = Upgraded(process.unit, (*results, *rest))
-            if results[-1].fate not in (*GOOD, Fate.NOTHING):
-                break
+        prepared = [self._prepared(pin, image, process) for image in images]
+        # What is in force already stays as it is, but where another of its set is replaced: then all of it is.
+        new = [item.result.fate is Fate.PATCHABLE for item in prepared]
+        replaced = {set_id for image, one in zip(images, new, strict=True) if one for set_id in image.sets}
+        prepared = [
+            self._prepared(pin, image, process, anew=True) if image.record and image.sets & replaced else item
+            for image, item in zip(images, prepared, strict=True)
+        ]
+        results = [item.result for item in prepared]
+        if self._partial or not any(item.fate in _BAD for item in results):
+            results = self._carried_out(pin, prepared, process)
+        else:
+            results = [replace(item, fate=Fate.UNTRIED) if item.fate is Fate.PATCHABLE else item for item in results]
+        self.done[pin.process.key] = Upgraded(process.unit, tuple(results))
         return _verdict(results, pin)
 
     def _outdated(self, pin: Pin) -> OutdatedProcess:
@@ -216,37 +223,93 @@ class Upgrade:
             )
         return process
 
-    def _one(self, pin: Pin, image: _Image, process: OutdatedProcess) -> UpgradedFile:
+    def _prepared(self, pin: Pin, image: _Image, process: OutdatedProcess, *, anew: bool = False) -> _Prepared:
+        """What is to become of one image, and its patch where one that fits the process is to be applied.
+
+        ``anew``: also where it is in force already.
+        """
         file, mapped, record = image.file, image.mapped, image.record
-        if record is not None:
-            size = transaction.mapped_bytes(record)
-            outcome = Outcome(pin.pid, process.name, record.contents, record.state, True, None, size, ())
-            return UpgradedFile(file, Fate.ALREADY, mapped, outcome)
         patch, compared = None, False
         try:
             heed()
+            if record is not None and not anew:
+                return _Prepared(UpgradedFile(file, Fate.ALREADY, mapped, _held(pin, process, record)), None)
             with held_files(pin.pid, image.module, file.successor) as pair:
                 pin.require_alive()
                 patch, compared = self._patches.patch_of(pair, file)
-            outcome = self._carried_out(pin, patch)
+            if record is not None:
+                return _Prepared(UpgradedFile(file, Fate.ALREADY, mapped, _held(pin, process, record)), patch)
+            transaction.require_fit(pin.pid, patch, pin=pin)
         except Interrupted:
             raise
         except NothingToPatch as error:
             nothing = NothingToPatch(error.what, why=error.why, next_step="nothing is to be done for this file")
-            return UpgradedFile(file, Fate.NOTHING, mapped, error=nothing)
+            return _Prepared(UpgradedFile(file, Fate.NOTHING, mapped, error=nothing), None)
         except LivegraftError as error:
             if pin.exited():
                 raise
-            return UpgradedFile(file, _fate_of(error), mapped, None, patch, _advised(error, process), compared)
-        fate = Fate.ALREADY if outcome.already else Fate.PATCHABLE if self._dry_run else Fate.PATCHED
-        return UpgradedFile(file, fate, mapped, outcome, patch, None, compared)
+            return _Prepared(_failed(file, mapped, patch, error, process, compared), None)
+        return _Prepared(UpgradedFile(file, Fate.PATCHABLE, mapped, None, patch, None, compared), patch)
 
-    def _carried_out(self, pin: Pin, patch: PatchObject) -> Outcome:
+    def _carried_out(self, pin: Pin, prepared: Sequence[_Prepared], process: OutdatedProcess) -> list[UpgradedFile]:
+        """What became of the files when all that are to be patched were patched, in one stop."""
+        results = [item.result for item in prepared]
+        patches = [item.patch for item in prepared if item.patch is not None]
+        if not patches:
+            return results
         asked = self._conditions
-        timeout, deep, limit = asked.timeout, asked.deep_check, asked.deep_limit
-        if self._dry_run:
-            return transaction.check(pin.pid, patch, timeout=timeout, deep_check=deep, deep_limit=limit, pin=pin)
-        return transaction.apply(pin.pid, patch, timeout=timeout, deep_check=deep, deep_limit=limit, pin=pin)
+        act = transaction.check if self._dry_run else transaction.apply
+        try:
+            outcome = act(
+                pin.pid,
+                patches,
+                timeout=asked.timeout,
+                deep_check=asked.deep_check,
+                deep_limit=asked.deep_limit,
+                pin=pin,
+            )
+        except Interrupted:
+            raise
+        except LivegraftError as error:
+            if pin.exited():
+                raise
+            return [
+                _failed(item.file, item.mapped, item.patch, error, process, item.compared)
+                if item.fate is Fate.PATCHABLE
+                else item
+                for item in results
+            ]
+        by_patch = {one.contents.patch: one for one in outcome.members}
+        return [self._done(item.result, by_patch[item.patch.id]) if item.patch else item.result for item in prepared]
+
+    def _done(self, file: UpgradedFile, outcome: Outcome) -> UpgradedFile:
+        if outcome.already or file.fate is Fate.ALREADY:
+            return replace(file, fate=Fate.ALREADY, outcome=file.outcome or outcome)
+        return replace(file, fate=Fate.PATCHABLE if self._dry_run else Fate.PATCHED, outcome=outcome)
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """What is to become of one file; ``patch`` where it is to be applied."""
+
+    result: UpgradedFile
+    patch: PatchObject | None
+
+
+def _held(pin: Pin, process: OutdatedProcess, record: Record) -> Outcome:
+    size = transaction.mapped_bytes(record)
+    return Outcome(pin.pid, process.name, record.contents, record.state, True, None, size, ())
+
+
+def _failed(
+    file: OutdatedFile,
+    mapped: str,
+    patch: PatchObject | None,
+    error: LivegraftError,
+    process: OutdatedProcess,
+    compared: bool,
+) -> UpgradedFile:
+    return UpgradedFile(file, _fate_of(error), mapped, None, patch, _advised(error, process), compared)
 
 
 def _images(pin: Pin, process: OutdatedProcess) -> list[_Image]:
@@ -263,8 +326,19 @@ def _images(pin: Pin, process: OutdatedProcess) -> list[_Image]:
         if module is not None:
             first = module.mappings[0]
             name = "exe" if file.path == program else f"map_files/{first.start:x}-{first.end:x}"
-            found.append(_Image(file, module, f"/proc/{pin.pid}/{name}", _in_force(records, file, module)))
+            record = _in_force(records, file, module)
+            found.append(_Image(file, module, f"/proc/{pin.pid}/{name}", record, _sets(records, module)))
     return sorted(found, key=lambda image: (image.file.path == program, image.module.low))
+
+
+def _sets(records: Sequence[Record], module: Module) -> frozenset[str]:
+    return frozenset(
+        item.contents.set_id
+        for item in records
+        if item.state is State.APPLIED
+        and item.contents.set_id
+        and (item.contents.old.build_id, item.contents.old_bias) == (module.build_id, module.bias)
+    )
 
 
 def executable_of(pid: int) -> str:
@@ -315,20 +389,22 @@ def _good(results: Sequence[UpgradedFile]) -> list[UpgradedFile]:
 def _verdict(results: Sequence[UpgradedFile], pin: Pin) -> Outcome:
     """What the files of a process come to. Raises as ``Upgrade.act``."""
     good = _good(results)
-    error = results[-1].error if results else None
-    if isinstance(error, TargetDamaged):
-        raise error
-    if error is not None and not isinstance(error, NothingToPatch):
+    bad = [item for item in results if item.fate in _BAD and item.error is not None]
+    for item in bad:
+        if isinstance(item.error, TargetDamaged):
+            raise item.error
+    if bad and bad[0].error is not None:
         if not good:
-            raise error
+            raise bad[0].error
         raise Partial(
-            f"{results[-1].file.path}: {results[-1].fate.value}; done before it: {len(good)}",
-            why=error.what,
-            next_step=error.next_step,
+            f"{bad[0].file.path}: {bad[0].fate.value}; done of this process: {len(good)}",
+            why=bad[0].error.what,
+            next_step=bad[0].error.next_step,
         )
     outcomes = [item.outcome for item in good if item.outcome is not None]
     if outcomes:
-        return next((item for item in reversed(outcomes) if not item.already), outcomes[-1])
+        first = next((item for item in outcomes if not item.already), outcomes[0])
+        return replace(first, further=tuple(item for item in outcomes if item is not first and not item.already))
     raise NothingToPatch(
         f"nothing is to be patched in process {pin.pid} ({pin.process.name})",
         why="what it runs and what lies on disk do not differ in anything that matters",

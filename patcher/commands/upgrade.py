@@ -2,10 +2,10 @@
 
 For each executable and library of a process whose file was replaced: the old file, which stays readable while it is
 mapped, is compared with the one that came in its place (at its path, or for a library by its SONAME in the same
-folder), and the patch is applied. Several images of one process are patched one after the other, each in a stop of its
-own, libraries first; at the first that cannot be patched the rest of the process is left as it is. A patch is made once
-for each pair of builds and kept (below XDG_CACHE_HOME, for root in /var/cache/livegraft). What cannot be patched is
-listed with the reason, and how to restart it.
+folder), and the patch is applied. All images of one process are patched in one stop, as a set, and taken back as one.
+Where one of them cannot be patched, the process is left as it is, since they may belong together; with --partial what
+can be patched is. A patch is made once for each pair of builds and kept (below XDG_CACHE_HOME, for root in
+/var/cache/livegraft). What cannot be patched is listed with the reason, and how to restart it.
 
 --dry-run compares, and does what check does: it says what would be done, and changes nothing in any process.
 
@@ -37,6 +37,9 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     add_selection(parser, changes=False, required=False)
     parser.add_argument("--dry-run", action="store_true", help="say what would be done; no process is changed")
+    parser.add_argument(
+        "--partial", action="store_true", help="patch what can be patched of a process, also where not all of it can"
+    )
     add_timeout(parser)
     add_deep_check(parser)
 
@@ -53,7 +56,9 @@ def run(arguments: argparse.Namespace) -> Report:
     conditions = Conditions(arguments.timeout, arguments.deep_check, arguments.deep_limit)
     everybody = selection.by is By.ALL
     with PatchCache(default_folder()) as cache:
-        upgrade = Upgrade(cache, conditions, dry_run=arguments.dry_run, everybody=everybody)
+        upgrade = Upgrade(
+            cache, conditions, dry_run=arguments.dry_run, everybody=everybody, partial=arguments.partial
+        )
         group = carry_out_each(selection, upgrade.act, again=not arguments.dry_run)
         return _report(group, selection, upgrade, cache, arguments.dry_run)
 
@@ -169,7 +174,7 @@ def _lines(result: Result, done: Upgraded | None) -> list[str]:
     unit = f", {safe(done.unit)}" if done.unit else ""
     lines = [f"{safe(result.process.name)} (pid {result.process.pid}{unit})"]
     if len(done.files) > 1:
-        lines.append(f"  {len(done.files)} files, one after the other, each in a stop of its own")
+        lines.append(f"  {len(done.files)} files, patched in one stop or not at all")
     return lines + [f"  {line}" for item in done.files for line in _file_lines(item)]
 
 
@@ -180,7 +185,7 @@ def _file_lines(item: UpgradedFile) -> list[str]:
     said = {Fate.PATCHABLE: "can be patched", Fate.NOTHING: "nothing to patch", Fate.ALREADY: "patched already"}
     lines = [f"{safe(item.file.path)}: {said.get(item.fate, item.fate.value.replace('-', ' '))}"]
     if item.fate is Fate.UNTRIED:
-        lines.append("  why        the file before it could not be upgraded, or a signal came")
+        lines.append("  why        another file of the process cannot be patched; --partial patches what can be")
     else:
         came = f" of {item.file.successor}" if item.file.successor != item.file.path else ""
         builds = f"{item.file.running[:12] or 'none'} -> {item.file.on_disk[:12] or 'none'}"

@@ -13,7 +13,9 @@ from fixtures.tracees import state_of, wait_until
 from patcher import upgrading
 from patcher.conditions import Conditions
 from patcher.group import carry_out_each
+from patcher.inspection import inspect_process
 from patcher.interruption import deferred
+from patcher.record import State
 from patcher.selection import By, Selection
 from patcher.transaction import Outcome, apply
 from patcher.upgradecache import PatchCache
@@ -47,6 +49,7 @@ class Installed:
         later = MAIN.replace("return x * 3", "return x * 5")
         self.new_program = compiled({"main.c": PRELUDE + later}, str(pair.old))
         self.old_library, self.new_library = pair.old, pair.new
+        self.latest_library = library_pair(compiled, TEXT, TEXT.replace("+ 3", "+ 9")).new
         self.library, self.program = folder / SONAME, folder / "asked"
         folder.mkdir()
         put(pair.old, self.library)
@@ -79,25 +82,58 @@ def test_a_library_is_upgraded(installed: Installed, livegraft: Livegraft) -> No
         assert process.ask(1) == [1013]
 
 
-def test_library_first_and_then_the_executable(installed: Installed, livegraft: Livegraft) -> None:
+def fates(value: dict[str, Any]) -> list[str]:
+    """Of the one process: what became of the library, and of the program."""
+    (result,) = value["processes"]
+    return [file["result"] for file in result["files"]]
+
+
+def test_library_and_executable_in_one_stop(installed: Installed, livegraft: Livegraft) -> None:
+    words = ("upgrade", "--pid")
     with installed.running() as process:
         put(installed.new_library, installed.library)
         put(installed.new_program, installed.program)
-        done = livegraft("upgrade", "--pid", process.pid, *TIMEOUT)
-        assert "2 files, one after the other, each in a stop of its own" in done.stdout
-        assert done.stdout.index(f"{installed.library}: patched") < done.stdout.index(f"{installed.program}: patched")
+        assert fates(livegraft(*words, process.pid, "--dry-run", "--json", *TIMEOUT).json) == ["patchable"] * 2
+        assert altered_code(process.pid) == []
+        done = livegraft(*words, process.pid, *TIMEOUT)
+        assert "2 files, patched in one stop or not at all" in done.stdout
         assert process.ask(1) == [1017]
-        (again,) = livegraft("upgrade", "--pid", process.pid, "--json").json["processes"]
-        assert [file["result"] for file in again["files"]] == ["already", "already"]
+        patches = inspect_process(process.pid).patches
+        assert len({item.record.contents.set_id for item in patches}) == 1 and len(patches) == 2
+        assert fates(livegraft(*words, process.pid, "--json").json) == ["already"] * 2
+        livegraft("revert", "--pid", process.pid)
+        assert process.ask(1) == [1013] and altered_code(process.pid) == []
 
 
-def test_what_was_done_stays_where_a_later_file_is_refused(installed: Installed, livegraft: Livegraft) -> None:
+def test_one_of_a_set_is_upgraded_again(installed: Installed, livegraft: Livegraft) -> None:
+    """What is in force of the others stays in force, and all of it is one set again."""
+    with installed.running() as process:
+        put(installed.new_library, installed.library)
+        put(installed.new_program, installed.program)
+        livegraft("upgrade", "--pid", process.pid, *TIMEOUT)
+        put(installed.latest_library, installed.library)
+        assert fates(livegraft("upgrade", "--pid", process.pid, "--json", *TIMEOUT).json) == ["patched", "already"]
+        assert process.ask(1) == [1019]
+        found = [item.record for item in inspect_process(process.pid).patches]
+        applied = [record for record in found if record.state is State.APPLIED]
+        assert len(applied) == 2 and len({record.contents.set_id for record in applied}) == 1
+        livegraft("revert", "--pid", process.pid)
+        assert process.ask(1) == [1013] and altered_code(process.pid) == []
+
+
+def test_one_that_is_refused_keeps_the_others_out_unless_it_is_asked_for(
+    installed: Installed, livegraft: Livegraft
+) -> None:
+    words = ("upgrade", "--json", *TIMEOUT, "--pid")
     with installed.running() as process:
         put(installed.new_library, installed.library)
         put(Path("/bin/true"), installed.program)
-        value = livegraft("upgrade", "--pid", process.pid, "--json", *TIMEOUT, status=8).json
+        value = livegraft(*words, process.pid, status=4).json
+        assert fates(value) == ["not-tried", "refused"]
+        assert process.ask(1) == [1013] and altered_code(process.pid) == []
+        value = livegraft(*words, process.pid, "--partial", status=8).json
+        assert fates(value) == ["patched", "refused"]
         (result,) = value["processes"]
-        assert [file["result"] for file in result["files"]] == ["patched", "refused"]
         assert result["exit"] == {"code": 8, "name": "partial"} and "restart it" in result["error"]["next"]
         assert process.ask(1) == [1017]
 
@@ -106,12 +142,12 @@ def test_the_executable_is_not_tried_where_a_library_is_refused(installed: Insta
     with installed.running() as process:
         put(Path("/bin/true"), installed.library)
         put(installed.new_program, installed.program)
-        (result,) = livegraft("upgrade", "--pid", process.pid, "--json", *TIMEOUT, status=4).json["processes"]
-        assert [file["result"] for file in result["files"]] == ["refused", "not-tried"]
+        value = livegraft("upgrade", "--pid", process.pid, "--json", *TIMEOUT, status=4).json
+        assert fates(value) == ["refused", "not-tried"]
         assert altered_code(process.pid) == []
 
 
-def test_a_signal_between_two_files_ends_it_there(
+def test_a_signal_that_comes_when_all_is_done_comes_too_late(
     installed: Installed, kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*words: Any, **options: Any) -> Outcome:
@@ -124,11 +160,11 @@ def test_a_signal_between_two_files_ends_it_there(
         put(installed.new_library, installed.library)
         put(installed.new_program, installed.program)
         upgrade = Upgrade(cache, Conditions(60.0), dry_run=False, everybody=False)
-        group = carry_out_each(Selection(By.PID, str(process.pid)), upgrade.act)
+        group = carry_out_each(Selection(By.PID, str(process.pid)), upgrade.act, again=False)
         assert deferral.take() == ("SIGTERM",)  # it is still there for whoever comes next
         (result,) = group.results
-        assert group.exit_code == 8 and result.error is not None and "in part" in result.error.what
-        assert [file.fate for file in upgrade.done[result.process.key].files] == [Fate.PATCHED, Fate.UNTRIED]
+        assert group.exit_code == 0
+        assert [file.fate for file in upgrade.done[result.process.key].files] == [Fate.PATCHED] * 2
         assert process.ask(1) == [1017]
 
 
