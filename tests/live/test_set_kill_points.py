@@ -1,0 +1,164 @@
+"""kill -9 of the patcher before each single operation of an apply and a revert of a set of two.
+
+Whatever the moment: the target lives and has noticed nothing, no answer comes from two versions, ``status`` tells the
+truth, and what the next command leaves is both patches in force or neither. As in ``test_kill_points``, ``make test``
+goes to a sample that changes from run to run, ``make soak`` to every operation.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from fixtures.intact import altered_code
+from patcher import batch, seam
+from patcher.descriptors import leaked_memory_files
+from patcher.inspection import inspect_process
+from patcher.record import State
+from patcher.transaction import apply, revert
+from tests.live.pairing import Pairs, pairs, version_in_force
+from tests.live.test_kill_points import EVERY, IN_C, MOST_IN_C, PATIENCE, SAMPLE, SEED, Point, every, killed_before
+from tests.live.vigilant import SOURCE, Vigilant, code_is_accounted_for, unharmed
+
+pytestmark = pytest.mark.root
+
+LAST_WRITES = 24
+"""Writes of an apply of the set from its first state word on, about: a sample is taken of the last ones."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is killed: from one version of both to another; ``order`` are the versions that were put in force before."""
+
+    name: str
+    versions: tuple[int, int]
+    order: tuple[int, ...] = ()
+
+
+WORK = [
+    Work("first apply", (1, 2)),
+    Work("replace", (2, 3), (2,)),
+    Work("apply again", (1, 2), (2, 1)),
+    Work("revert", (2, 1), (2,)),
+]
+
+
+def put(pid: int, built: Pairs, *order: int) -> None:
+    for version in order:
+        if version == 1:
+            revert(pid, timeout=PATIENCE)
+        else:
+            apply(pid, built.to[version], timeout=PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def built(cache_folder: Path) -> Pairs:
+    return pairs(cache_folder / "answer", SOURCE)
+
+
+def both(program: Vigilant, built: Pairs, *versions: int) -> int:
+    """Assert that program and library run one of these versions, and that the records say which; returns it."""
+    version = version_in_force(program, built)
+    assert version in versions
+    program.answers(version)
+    program.never_mixed()
+    return version
+
+
+def carry_on(program: Vigilant, built: Pairs, work: Work, chosen: random.Random) -> None:
+    """The next commands, whatever was left: both patches or neither, and at last all is as in the files."""
+    pid = program.pid
+    if version_in_force(program, built) != 1 and chosen.random() < 0.5:
+        revert(pid, timeout=PATIENCE)
+        both(program, built, 1, work.versions[0])  # of a replacement that is undone, what it was to replace
+    version = chosen.choice((2, 3))
+    outcome = apply(pid, built.to[version], timeout=PATIENCE)
+    both(program, built, version)
+    assert outcome.already or not leaked_memory_files(pid)
+    revert(pid, timeout=PATIENCE)
+    both(program, built, 1)
+    assert altered_code(pid) == []
+
+
+def strike(
+    work: Work, point: Point, built: Pairs, folder: Path, chosen: random.Random, part: int | None = None
+) -> tuple[str, str] | None:
+    """Kill at one point; return the operation's name and what was left, None where the work ended before."""
+    with Vigilant(built.program, folder, part, built.environment) as program:
+        put(program.pid, built, *work.order)
+        death = killed_before(point, lambda: put(program.pid, built, work.versions[1]))
+        if death is None:
+            both(program, built, work.versions[1])
+            return None
+        everyone = {tally.tid for tally in program.torture.tallies}
+        interrupted = everyone if death.name == IN_C else death.interrupted
+        unharmed(program, interrupted)
+        said = version_in_force(program, built)
+        running = int(program.ask()) // 1001
+        program.never_mixed()
+        code_is_accounted_for(program)
+        assert running in work.versions and said in (None, running)
+        states = {item.record.state for item in inspect_process(program.pid).patches}
+        assert (said is None) == bool(states & {State.APPLYING, State.REVERTING})
+        carry_on(program, built, work, chosen)
+        unharmed(program, interrupted)
+        word = "before" if running == work.versions[0] else "after"
+        return death.name, f"interrupted, {word}" if said is None else word
+
+
+def operations(work: Work, built: Pairs, folder: Path) -> list[str]:
+    """The names of the operations that the work has this time, a thread asked again whether it has stopped left out."""
+    seen: list[str] = []
+    with Vigilant(built.program, folder, environment=built.environment) as program:
+        put(program.pid, built, *work.order)
+
+        def observer(name: str, subject: int) -> int:
+            if name != "WAIT" or seen[-1:] != ["WAIT"]:
+                seen.append(name)
+            return 0
+
+        with seam.observe(observer):
+            put(program.pid, built, work.versions[1])
+    return seen
+
+
+@pytest.mark.parametrize("work", WORK, ids=lambda work: work.name)
+def test_killed_before_a_write_or_elsewhere(work: Work, built: Pairs, tmp_path: Path) -> None:
+    chosen = random.Random(f"{SEED} {work.name}")
+    names = operations(work, built, tmp_path)
+    writes = names.count("WRITE")
+    points = [Point(number, "WRITE") for number in last(chosen, range(writes), SAMPLE)]
+    points.append(Point(chosen.randrange(len(names))))
+    if batch.active() is not None:
+        points.append(Point(chosen.randrange(MOST_IN_C), IN_C))
+    left = Counter(strike(work, point, built, tmp_path, chosen) or ("", "not killed") for point in points)
+    print(f"{work.name}, seed {SEED}, about {len(names)} operations, {writes} writes: {dict(left)}")
+
+
+def last(chosen: random.Random, numbers: Sequence[int], count: int) -> list[int]:
+    """Some of the last numbers: what is written in the pause comes last."""
+    end = numbers[-LAST_WRITES:]
+    return chosen.sample(end, min(count, len(end)))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["", IN_C], ids=["Python", "C"])
+@pytest.mark.parametrize("work", WORK, ids=lambda work: work.name)
+def test_killed_before_every_operation(work: Work, name: str, built: Pairs, tmp_path: Path) -> None:
+    if name == IN_C and batch.active() is None:
+        pytest.skip(f"the pause is made in {batch.description()}")
+    chosen = random.Random(f"{SEED} {work.name}")
+    left: Counter[tuple[str, str]] = Counter()
+    for point in every(name):
+        found = strike(work, point, built, tmp_path, chosen, point.number % 8)
+        if found is None:
+            break
+        left[found] += 1
+    outcomes = Counter(what for _, what in left.elements())
+    print(f"{work.name}, seed {SEED}: {left.total()} kills, 0 deaths; left: {dict(outcomes)}; in detail: {dict(left)}")
+    assert left.total() > 100 // EVERY
