@@ -16,6 +16,7 @@ some not.
 from __future__ import annotations
 
 import argparse
+import textwrap
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +25,17 @@ from elfdiff.errors import BadInput, NothingToPatch, Refused
 from . import Report, add_deep_check, add_selection, add_timeout, selection_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from patcher.group import Group, Result
+    from patcher.outdated import OutdatedFile, OutdatedProcess
     from patcher.selection import Selection
     from patcher.upgradecache import PatchCache
     from patcher.upgrading import Upgrade, Upgraded, UpgradedFile
 
 _MOST_SHOWN = 20
 _MOST_FINDINGS = 3
+_FEWEST_TOGETHER = 3  # a server has dozens of modules, of which an upgrade changes some
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +90,7 @@ def _none_named() -> BadInput | NothingToPatch:
             why="none that may be looked at runs a file that was replaced by another build",
             next_step="nothing is to be done",
         )
-    lines = [f"{item.pid} {item.name} {file.path}" for item in found for file in item.files if file.state not in done]
+    lines = [_old_files(item, [file for file in item.files if file.state not in done]) for item in found]
     more = [f"and {len(lines) - _MOST_SHOWN} more"] if len(lines) > _MOST_SHOWN else []
     return BadInput(
         f"{len(found)} of the processes run files that were replaced, and none of them was named",
@@ -93,6 +98,11 @@ def _none_named() -> BadInput | NothingToPatch:
         next_step="--all for all of them, or --pid, --name, --exe, --unit or --tree; with --dry-run nothing is changed",
         details=(*lines[:_MOST_SHOWN], *more),
     )
+
+
+def _old_files(process: OutdatedProcess, files: Sequence[OutdatedFile]) -> str:
+    first = f"{process.pid} {process.name} {files[0].path}"
+    return first if len(files) == 1 else f"{first} and {len(files) - 1} more"
 
 
 def _report(group: Group, selection: Selection, upgrade: Upgrade, cache: PatchCache, dry_run: bool) -> Report:
@@ -166,6 +176,7 @@ def _file_json(item: UpgradedFile) -> dict[str, Any]:
 
 
 def _lines(result: Result, done: Upgraded | None) -> list[str]:
+    from ..upgrading import Fate
     from .several import process_lines
     from .shared import safe
 
@@ -175,7 +186,13 @@ def _lines(result: Result, done: Upgraded | None) -> list[str]:
     lines = [f"{safe(result.process.name)} (pid {result.process.pid}{unit})"]
     if len(done.files) > 1:
         lines.append(f"  {len(done.files)} files, patched in one stop or not at all")
-    return lines + [f"  {line}" for item in done.files for line in _file_lines(item)]
+    same = [item for item in done.files if item.fate is Fate.NOTHING]
+    shown = [item for item in done.files if len(same) < _FEWEST_TOGETHER or item not in same]
+    if len(shown) < len(done.files):
+        names = ", ".join(safe(item.file.path.rpartition("/")[2]) for item in same)
+        text = f"{len(same)} files: nothing to patch ({names})"
+        lines += textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
+    return lines + [f"  {line}" for item in shown for line in _file_lines(item)]
 
 
 def _file_lines(item: UpgradedFile) -> list[str]:
