@@ -176,7 +176,7 @@ def _file_json(item: UpgradedFile) -> dict[str, Any]:
 
 
 def _lines(result: Result, done: Upgraded | None) -> list[str]:
-    from ..upgrading import Fate
+    from ..upgrading import GOOD, Fate
     from .several import process_lines
     from .shared import safe
 
@@ -185,7 +185,9 @@ def _lines(result: Result, done: Upgraded | None) -> list[str]:
     unit = f", {safe(done.unit)}" if done.unit else ""
     lines = [f"{safe(result.process.name)} (pid {result.process.pid}{unit})"]
     if len(done.files) > 1:
-        lines.append(f"  {len(done.files)} files, patched in one stop or not at all")
+        some = {item.fate in GOOD for item in done.files if item.fate is not Fate.NOTHING} == {True, False}
+        which = ", those that can be" if some else " or not at all"
+        lines.append(f"  {len(done.files)} files, patched in one stop{which}")
     same = [item for item in done.files if item.fate is Fate.NOTHING]
     shown = [item for item in done.files if len(same) < _FEWEST_TOGETHER or item not in same]
     if len(shown) < len(done.files):

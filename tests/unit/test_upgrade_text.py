@@ -28,3 +28,16 @@ def test_nothing_to_patch(count: int) -> None:
     assert all(name in text for name in names) and max(map(len, lines)) < 120
     assert (f"{count} files: nothing to patch (mod_0.so, " in text) == (count > 2)
     assert ("/usr/lib/mod_0.so: nothing to patch" in text) == (count in (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("fates", "said"),
+    [
+        ((Fate.PATCHABLE, Fate.PATCHABLE, Fate.NOTHING), "3 files, patched in one stop or not at all"),
+        ((Fate.UNTRIED, Fate.REFUSED), "2 files, patched in one stop or not at all"),
+        ((Fate.PATCHABLE, Fate.REFUSED), "2 files, patched in one stop, those that can be"),
+    ],
+)
+def test_whether_all_or_some(fates: tuple[Fate, ...], said: str) -> None:
+    files = tuple(file(f"{number}.so", fate) for number, fate in enumerate(fates))
+    assert f"  {said}" in _lines(Result(Listed(7, 1, 0, "server"), End.DONE), Upgraded("", files))
