@@ -54,6 +54,7 @@ lint: $(VENV)/.development ## check style and types
 	@$(RUN) -m mypy examples/memcached/client.py
 	@$(RUN) -m mypy examples/vsftpd/client.py
 	@$(RUN) -m mypy examples/redis/client.py
+	@$(RUN) -m mypy examples/apache2/client.py
 
 clean: ## remove what was set up, built and fetched
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info patcher/_batch.*.so

@@ -25,12 +25,15 @@ PLAIN = "/usr/lib/x86_64-linux-gnu/sasl2/libplain.so"
 
 
 def rehearsed(name: str, pair: Sequence[Path], livegraft: Livegraft, folder: Path) -> dict[str, Any]:
-    """The example passes; what it says."""
+    """The example passes; what it says. ``pair``: both builds, or the folders in which they are."""
     example, report = folder / name, folder / "report.xml"
     shutil.copytree(ROOT / "examples" / name, example)
     for label, build in zip(("old", "new"), pair, strict=True):
-        (example / label).mkdir()
-        shutil.copy(build, example / label / build.name)
+        if build.is_dir():
+            (example / label).symlink_to(build)
+        else:
+            (example / label).mkdir()
+            shutil.copy(build, example / label / build.name)
     file = example / "rehearsal.toml"
     assert "\ncycles = 10\nhold = 0.5 " in file.read_text()
     file.write_text(file.read_text().replace("cycles = 10\nhold = 0.5 ", f"cycles = {CYCLES}\nhold = 0.2 "))
@@ -93,3 +96,20 @@ def test_redis(
     monkeypatch.setenv("LD_LIBRARY_PATH", library_path(pair[0], packages[0], cache_folder / "packages"))
     said = rehearsed("redis", pair, livegraft, tmp_path)
     assert said["pause_us"]["apply"]["processes"] == {"fewest": 2, "most": 2}
+
+
+@pytest.mark.long
+def test_apache(
+    package_version: Callable[[str, str], Unpacked],
+    livegraft: Livegraft,
+    cache_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One module, in the parent and all workers."""
+    tmp_path.chmod(0o755)
+    packages = [package_version("apache2-bin", version) for version in ("2.4.68-1~deb12u1", "2.4.71-1~deb12u1")]
+    libraries = library_path(packages[0].file("usr/sbin/apache2"), packages[0], cache_folder / "packages")
+    monkeypatch.setenv("LD_LIBRARY_PATH", libraries)
+    said = rehearsed("apache2", [package.root for package in packages], livegraft, tmp_path)
+    assert said["pause_us"]["apply"]["processes"]["fewest"] > 2
