@@ -20,21 +20,18 @@ def joined(comparison: Comparison, seeds: NDArray[np.int64]) -> dict[int, int]:
 
     A seed hangs together with itself. The order is that of finding.
     """
-    neighbours: dict[int, set[int]] = {}
-    for a, b in edges(comparison.new, comparison.tables[1]):
-        neighbours.setdefault(a, set()).add(b)
-        neighbours.setdefault(b, set()).add(a)
+    adjoining = neighbours(comparison.new, comparison.tables[1])
     new_of = comparison.matching.new_of
     for i, k in edges(comparison.old, comparison.tables[0]):
         a, b = int(new_of[i]), int(new_of[k])
         if a >= 0 and b >= 0:
-            neighbours.setdefault(a, set()).add(b)
-            neighbours.setdefault(b, set()).add(a)
+            adjoining.setdefault(a, set()).add(b)
+            adjoining.setdefault(b, set()).add(a)
     found = {function: function for function in seeds.tolist()}
     todo = list(found)
     while todo:
         function = todo.pop()
-        for other in sorted(neighbours.get(function, ())):
+        for other in sorted(adjoining.get(function, ())):
             if other not in found:
                 found[other] = function
                 todo.append(other)
@@ -44,6 +41,25 @@ def joined(comparison: Comparison, seeds: NDArray[np.int64]) -> dict[int, int]:
 def closure(comparison: Comparison, seeds: NDArray[np.int64]) -> NDArray[np.int64]:
     """New functions that must be in a patch of ``seeds``, sorted; the seeds included."""
     return np.array(sorted(joined(comparison, seeds)), np.int64)
+
+
+def neighbours(code: Code, tables: dict[int, JumpTable]) -> dict[int, set[int]]:
+    """Per function: those that it branches into the middle of, or that branch into its own."""
+    found: dict[int, set[int]] = {}
+    for a, b in edges(code, tables):
+        found.setdefault(a, set()).add(b)
+        found.setdefault(b, set()).add(a)
+    return found
+
+
+def together(adjoining: dict[int, set[int]], function: int) -> set[int]:
+    """What a function hangs together with by branches into the middle of each other, itself included."""
+    found, todo = {function}, [function]
+    while todo:
+        more = adjoining.get(todo.pop(), set()) - found
+        found |= more
+        todo += more
+    return found
 
 
 def edges(code: Code, tables: dict[int, JumpTable]) -> set[tuple[int, int]]:

@@ -19,9 +19,11 @@ from elfdiff.debugfile import debug_symbols, find_debug_file
 from elfdiff.debuginfo import DebugInfo
 from elfdiff.errors import BadInput, NothingToPatch, Refused
 from elfdiff.evidence import pack
+from elfdiff.findingcodes import MOVED_CODE
 from elfdiff.findings import find
 from elfdiff.image import Image
 from elfdiff.imagefile import load_image
+from elfdiff.moves import idle_code
 from elfdiff.patchbuild import Draft, build, build_of, draft
 from elfdiff.patchobject import Build, Finding, PatchObject, Reason, Severity
 from elfdiff.reasons import collect, old_code
@@ -70,7 +72,9 @@ class Analysis:
             patch = build(self.draft, self.findings)
             evidence = pack(collect(self.draft, self.joined))
             patch = replace(patch, evidence=evidence, old_code=old_code(self.draft) if evidence else b"")
-            return replace(patch, old_codes=old_codes(self.draft, self.findings))
+            asked = not any(f.code == MOVED_CODE and f.lifted for f in self.findings)
+            idle = idle_code(self.draft.comparison.old, self.draft.moves) if asked else ()
+            return replace(patch, old_codes=old_codes(self.draft, self.findings), idle=idle)
 
 
 def diff(old_path: Path, new_path: Path, options: Options) -> PatchObject:

@@ -15,6 +15,8 @@ from elfdiff.debuginfo import DebugInfo
 from elfdiff.handlerlinks import relocate_handlers
 from elfdiff.image import PAGE, Addresses, Image, Kind
 from elfdiff.layout_x86_64 import LayoutTraces, layout_traces
+from elfdiff.moves import Move, moves
+from elfdiff.naming import Naming
 from elfdiff.patchobject import (
     ENTRY_JUMP_SIZE,
     PATCH_IMAGE,
@@ -68,6 +70,17 @@ class Draft:
         handling = any(new.has_lsda[new.function_of(function.new_start)] for function in self.functions)
         needs = any(name.startswith(("libstdc++", "libc++")) for name in new.image.needed)
         return handling or needs or bool(self.comparison.handlers.types.new.by_name)
+
+    @cached_property
+    def naming(self) -> Naming:
+        """What the references of both builds are called."""
+        return Naming(self.comparison, self.resolver)
+
+    @cached_property
+    def moves(self) -> tuple[Move, ...]:
+        """What moves from one of the patch's functions to another that is called in turn with it."""
+        code = self.comparison.new
+        return moves(self.comparison, self.naming, [code.function_of(f.new_start) for f in self.functions])
 
     @cached_property
     def traces(self) -> tuple[LayoutTraces, ...]:

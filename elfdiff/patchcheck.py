@@ -124,6 +124,9 @@ def _old_ranges(patch: PatchObject) -> Iterator[tuple[str, int, int]]:
             whole = function.old_start is None and function.old_size is None and not function.entry_jump
             _require(whole, f"{function.name} has half an origin")
     yield from ((one.name, one.start, one.size) for one in patch.removed)
+    for one in patch.idle:
+        _require(one.size > 0, f"{one.name} has no code")
+        yield one.name, one.start, one.size
     yield from ((one.name, one.start, one.size) for one in patch.checked)
 
 

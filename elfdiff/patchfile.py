@@ -38,6 +38,7 @@ from elfdiff.patchobject import (
     Build,
     CheckedRange,
     Finding,
+    IdleCode,
     Import,
     LineOnly,
     OldCode,
@@ -245,6 +246,7 @@ def _metadata(patch: PatchObject) -> bytes:
             "needed": patch.needed,
             "exceptions": patch.exceptions,
             "old_codes": [vars(c) for c in patch.old_codes],
+            "idle": [vars(c) for c in patch.idle],
         },
         separators=(",", ":"),
     ).encode()
@@ -368,6 +370,7 @@ def _decode(raw: bytes, meta: dict[str, Any], sections: dict[str, tuple[int, int
         old_code=_optional(raw, sections, OLD_CODE_SECTION),
         exceptions=bool(meta["exceptions"]),
         old_codes=decoded_all(OldCode, meta["old_codes"]),
+        idle=decoded_all(IdleCode, meta["idle"]),
     )
 
 

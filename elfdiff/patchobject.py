@@ -15,7 +15,7 @@ from enum import IntEnum, StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Raised whenever a reader of the old format would misunderstand the new one."""
 
 
@@ -170,6 +170,15 @@ class OldCode:
 
 
 @dataclass(frozen=True)
+class IdleCode:
+    """A piece of old code that does not change and must be idle all the same (``moves``); ``name`` says whose it is."""
+
+    name: str
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
 class LineOnly:
     """A function left out because it differs in line numbers alone (D5)."""
 
@@ -208,6 +217,7 @@ class PatchObject:
     """Whether exceptions may pass through its functions, so that the process must find its unwind tables."""
     old_codes: tuple[OldCode, ...] = ()
     """Of the functions that have an old code and of the removed ones."""
+    idle: tuple[IdleCode, ...] = ()
 
     @property
     def low(self) -> int:

@@ -15,7 +15,7 @@ from elfdiff.comparison import Comparison
 from elfdiff.constants import Segment
 from elfdiff.evidence import MAX_LABEL, Evidence, EvidenceKind, FunctionEvidence, Reference, Run
 from elfdiff.image import Image, Kind
-from elfdiff.naming import Naming, as_address, string_at
+from elfdiff.naming import as_address, string_at
 from elfdiff.patchbuild import Draft
 from elfdiff.patchobject import Reason
 from elfdiff.quoting import hexadecimal, quote_both
@@ -47,7 +47,7 @@ class _Collector:
     def __init__(self, draft: Draft, joined: dict[int, int]) -> None:
         self.draft, self.joined = draft, joined
         self.comparison: Comparison = draft.comparison
-        self.naming = Naming(self.comparison, draft.resolver)
+        self.naming = draft.naming
         self.first: dict[tuple[int, int], tuple[int, str, str] | None] = {}  # segment -> what differs first in it
 
     def run(self) -> tuple[FunctionEvidence, ...]:

@@ -21,14 +21,15 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from elfdiff.closure import edges
+from elfdiff.closure import neighbours, together
 from elfdiff.code import LEA, TRANSFERS, FieldKind
+from elfdiff.findingcodes import MOVED_CODE
 from elfdiff.image import Kind
 from elfdiff.patchbuild import Draft
 from elfdiff.patchobject import ENTRY_JUMP_SIZE, OLD_IMAGE, PATCH_IMAGE, Finding, OldCode
 from elfdiff.variables import object_at
 
-HARMLESS_WHEN_LIFTED = frozenset({"constructors", "exported-symbol"})
+HARMLESS_WHEN_LIFTED = frozenset({"constructors", "exported-symbol", MOVED_CODE})
 """Findings that say nothing of what old and new code share while they run."""
 _SEPARATE_C = re.compile(r"GNU C\d* (?!.*-flto)")
 """DW_AT_producer of code that gcc compiled from C, unit by unit; with -flto it is ``GNU GIMPLE``. In C++ a body may be
@@ -52,27 +53,15 @@ class _SideBySide:
             self.old.function_of(f.old_start): f for f in draft.functions if f.old_start is not None and f.old_size
         }
         self.removed = {i for i in self.comparison.removed if self.old.size(i)}
-        self.neighbours: dict[int, set[int]] = {}
-        for a, b in edges(self.old, self.comparison.tables[0]):
-            self.neighbours.setdefault(a, set()).add(b)
-            self.neighbours.setdefault(b, set()).add(a)
+        self.neighbours = neighbours(self.old, self.comparison.tables[0])
 
     def verdicts(self) -> Iterator[OldCode]:
         for i in (*self.functions, *sorted(self.removed)):
-            parts = self._parts(i)
+            parts = together(self.neighbours, i)
             why_not = next(self._reasons(i, parts), "")
             ours = parts & (self.functions.keys() | self.removed)  # others are no part of the patch
             starts = tuple(int(self.old.starts[k]) for k in (i, *sorted(ours - {i})))
             yield OldCode(self.old.names[i], starts, why_not)
-
-    def _parts(self, function: int) -> set[int]:
-        """What it hangs together with by branches into the middle of each other, itself included."""
-        found, todo = {function}, [function]
-        while todo:
-            new = self.neighbours.get(todo.pop(), set()) - found
-            found |= new
-            todo += new
-        return found
 
     def _reasons(self, function: int, parts: set[int]) -> Iterator[str]:
         if self.lifted:
@@ -83,9 +72,16 @@ class _SideBySide:
         stray = [k for k in parts if k not in self.functions and k not in self.removed]
         if stray:
             yield f"it shares code with {self._names(stray)}, which is not in the patch"
+        yield from self._leads_from_one_to_another(function)
         yield from self._returns_to_entry(parts)
         yield from self._other_variables(function, parts)
         yield from self._calls(parts)
+
+    def _leads_from_one_to_another(self, function: int) -> Iterator[str]:
+        for move in self.draft.moves:
+            if move.caller == function and move.hopeless:
+                names = self._names([move.source]), self._names([move.destination])
+                yield f"it calls {names[0]} and {names[1]}, and {', '.join(move.what)} moves from one to the other"
 
     def _names(self, functions: Iterable[int]) -> str:
         names = sorted({self.old.names[k] for k in functions})
@@ -284,4 +280,3 @@ class _SideBySide:
     @cached_property
     def _units(self) -> dict[int, int | None]:
         return {}
-

@@ -61,6 +61,8 @@ class Binding:
     set_id: str = ""
     set_size: int = 1
     """The set that it comes into force with, as its record will say."""
+    idle: tuple[KeptCode, ...] = ()
+    """Code that does not change and must be idle (``idleness``)."""
 
     @property
     def old_bias(self) -> int:

@@ -15,6 +15,9 @@ class Conditions:
     ``deep_check``: whether all writable memory is searched for stacks that no thread runs on, at most ``deep_limit``
     bytes of it; None does it where the process has an image that may switch stacks.
 
+    ``when_idle``: names or old addresses of further functions of the image that must be idle; ``own_idle``: whether
+    those count, too, that the patch asks for itself, and those that patches in force have waited for.
+
     ``keep_live``: names or old addresses of functions whose old code threads may finish; ``keepable``, filled in from
     the patch, are the names that could be given, for the advice where one of them stays live.
     """
@@ -24,3 +27,5 @@ class Conditions:
     deep_limit: int = DEEP_LIMIT
     keep_live: tuple[str, ...] = ()
     keepable: frozenset[str] = frozenset()
+    when_idle: tuple[str, ...] = ()
+    own_idle: bool = True

@@ -58,7 +58,8 @@ class Watched:
 
     ``quiescent`` of the ``looks`` found nothing in the way. ``activations``: all that was seen, the most often seen
     first. ``never_live``: functions of the patch that no look found live. ``waiting`` says why apply would have to wait
-    blindly for a moment, empty where it can wait for threads to return.
+    blindly for a moment, empty where it can wait for threads to return. ``unchanged``: code that does not change and
+    must be idle all the same.
     """
 
     pid: int
@@ -70,6 +71,7 @@ class Watched:
     activations: tuple[Activation, ...]
     never_live: tuple[str, ...]
     waiting: str
+    unchanged: tuple[str, ...] = ()
 
     @property
     def now(self) -> tuple[Activation, ...]:
@@ -108,7 +110,7 @@ def watch(
             check.refresh()
             time.sleep(pause)
     memory.require_same_program()  # else what was seen is of another program
-    return _watched(tally, seen, contents, live, time.monotonic() - began)
+    return _watched(tally, seen, contents, plan, live, time.monotonic() - began)
 
 
 def _look(check: StackCheck, pid: int) -> tuple[LiveFrame, ...]:
@@ -150,7 +152,12 @@ def thread_name(pid: int, tid: int) -> str:
 
 
 def _watched(
-    tally: _Tally, seen: Snapshot, contents: tuple[Contents, ...], last: Sequence[LiveFrame], seconds: float
+    tally: _Tally,
+    seen: Snapshot,
+    contents: tuple[Contents, ...],
+    plan: Plan,
+    last: Sequence[LiveFrame],
+    seconds: float,
 ) -> Watched:
     now = time.monotonic()
     found = [replace(item, age=now - tally.began[key]) for key, item in tally.seen.items()]
@@ -165,6 +172,7 @@ def _watched(
         tuple(found),
         _never_live(contents, (item.function for item in found)),
         unwatchable(seen.pid, last),
+        tuple(sorted(plan.unchanged)),
     )
 
 

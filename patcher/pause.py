@@ -86,7 +86,7 @@ def carry_out(
                 done = _one_stop(plan, check, unchanged, memory, on_step if write else None, quick)
             except _NotQuiescent as error:
                 live = error.live
-                busy = _busy(live, seen, plan.forbidden, conditions, tries, waiting.waits)
+                busy = _busy(live, seen, plan, conditions, tries, waiting.waits)
             except Busy as error:
                 busy = error
             else:
@@ -277,7 +277,7 @@ def patch_tables(records: Iterable[Record]) -> tuple[UnwindTable, ...]:
 def _busy(
     live: Sequence[LiveFrame],
     seen: Snapshot,
-    forbidden: Sequence[ForbiddenRange],
+    plan: Plan,
     conditions: Conditions,
     tries: int,
     waits: Waits,
@@ -290,7 +290,7 @@ def _busy(
         sure = "is in" if frame.certain else "may be in"
         details.append(f"{_who(frame)} {sure} {frame.name}: {frame.why}")
         details += [
-            f"    #{depth} {pc:#x} {describe(pc, depth, seen.modules, forbidden)}"
+            f"    #{depth} {pc:#x} {describe(pc, depth, seen.modules, plan.forbidden)}"
             for depth, pc in enumerate(frame.stack[:_MAX_STACK_LINES])
         ]
     if len(live) > _MAX_FRAMES_SHOWN:
@@ -300,7 +300,8 @@ def _busy(
         why=f"{_who(first)} {'is' if first.certain else 'may be'} in {first.name}; looked {tries} times "
         f"in {conditions.timeout:g} s{how}",
         next_step=f"see for how long and how often: livegraft blocking PATCH --pid {seen.pid} (of a revert: --revert); "
-        f"try again when the program does something else, or with a longer --timeout{_or_keep(live, conditions)}",
+        f"try again when the program does something else, or with a longer --timeout{_or_keep(live, conditions)}"
+        f"{_or_not(live, plan)}",
         details=tuple(details),
     )
 
@@ -310,6 +311,17 @@ def _or_keep(live: Sequence[LiveFrame], conditions: Conditions) -> str:
     if not all(name in conditions.keepable for name in names):
         return ""
     return f"; or let the threads that are in it finish the old code: --keep-live {','.join(names)}"
+
+
+def _or_not(live: Sequence[LiveFrame], plan: Plan) -> str:
+    names = dict.fromkeys(frame.name for frame in live if frame.name in plan.unchanged)
+    if not names:
+        return ""
+    said = ", ".join(names)
+    return (
+        f"; {said} does not change, and is waited for because of what is called from there: see docs/findings.md, "
+        "moved-code; --no-when-idle does not wait for it"
+    )
 
 
 def _who(frame: LiveFrame) -> str:

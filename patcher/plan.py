@@ -44,6 +44,7 @@ class Situation:
     stale: tuple[Record, ...]
     everything: tuple[Record, ...] = ()  # the records of all images
     gates: tuple[Gates, ...] = ()  # those of the process, used or not
+    waited: tuple[KeptCode, ...] = ()  # code that does not change and must be idle all the same
 
     @property
     def active(self) -> tuple[Record, ...]:
@@ -75,7 +76,7 @@ class Plan:
 
     Each in order. Hooks and unhooks are words through which unwind tables are found: there before the code that needs
     them, and as long. No thread may be in what is ``forbidden``, and no stack that no thread runs on may wait in what
-    is ``parkable``, a part of that.
+    is ``parkable``, a part of that. ``unchanged`` names what is forbidden although it does not change (``idleness``).
     """
 
     first: tuple[StateWrite, ...]
@@ -85,6 +86,7 @@ class Plan:
     parkable: tuple[ForbiddenRange, ...]
     hooks: tuple[PageWrite, ...] = ()
     unhooks: tuple[PageWrite, ...] = ()
+    unchanged: frozenset[str] = frozenset()
 
     @property
     def writes(self) -> tuple[PageWrite, ...]:
@@ -219,7 +221,12 @@ def _require_apart(journal: Sequence[JournalEntry]) -> None:
 
 def idle_ranges(binding: Binding) -> tuple[ForbiddenRange, ...]:
     """Return what must be idle beside the functions of a patch: old functions that the new build no longer has."""
-    return tuple(ForbiddenRange(item.name, item.start, item.start + item.size) for item in removed_code(binding))
+    return code_ranges(removed_code(binding))
+
+
+def code_ranges(code: Iterable[KeptCode]) -> tuple[ForbiddenRange, ...]:
+    """Return pieces of code as ranges that nobody may be in."""
+    return tuple(ForbiddenRange(item.name, item.start, item.start + item.size) for item in code)
 
 
 def removed_code(binding: Binding) -> tuple[KeptCode, ...]:
@@ -257,7 +264,7 @@ def plan_apply(parts: Sequence[Part], read: ReadBytes) -> Plan:
         wanted = {entry.address: entry.after for entry in part.contents.journal}
         pages += page_writes(wanted, _known_values(now, part.contents.journal), read)
         in_force = [item for record in now.active for item in _ranges(record.contents)]
-        parkable += [*_old_ranges(part.contents), *part.idle, *in_force]
+        parkable += [*_old_ranges(part.contents), *part.idle, *in_force, *code_ranges(now.waited)]
     return Plan(
         first=tuple(_change(part.own, State.APPLYING, part.slot) for part in parts),
         hooks=_hooks(parts, read),
@@ -269,6 +276,7 @@ def plan_apply(parts: Sequence[Part], read: ReadBytes) -> Plan:
         ),
         forbidden=disjoint((*parkable, *(item for part in parts for item in part.unparkable))),
         parkable=disjoint(parkable),
+        unchanged=frozenset(item.name for part in parts for item in part.now.waited),
     )
 
 
@@ -316,7 +324,9 @@ def plan_revert(endings: Sequence[Ending], read: ReadBytes, loaded: Sequence[Mod
         begin += [] if record.written is during else [_change(record, during, record.slot)]
         ended += [_to(item, State.REVERTED) for item in others]
     everything = endings[0].now.everything
-    forbidden = disjoint(range_ for item in endings for one in item.now.active for range_ in _ranges(one.contents))
+    in_force = [range_ for item in endings for one in item.now.active for range_ in _ranges(one.contents)]
+    waited = [one for item in endings for one in item.now.waited]
+    forbidden = disjoint((*in_force, *code_ranges(waited)))
     return Plan(
         first=(*dict.fromkeys(settled), *begin),
         pages=tuple(pages),
@@ -324,6 +334,7 @@ def plan_revert(endings: Sequence[Ending], read: ReadBytes, loaded: Sequence[Mod
         last=(*ended, *(_reverted(item.record) for item in endings)),
         forbidden=forbidden,
         parkable=forbidden,
+        unchanged=frozenset(one.name for one in waited),
     )
 
 

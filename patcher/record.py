@@ -39,7 +39,7 @@ from elfdiff.errors import LivegraftError
 from elfdiff.patchobject import Build
 
 MAGIC = b"LVGRAFT\x01"
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 MEMFD_PATH = "/memfd:livegraft"
 """How ``/proc/PID/maps`` and ``/proc/PID/fd`` show the memory files that ``RemoteCaller`` makes."""
 STATE_OFFSET = 16
@@ -124,7 +124,7 @@ class RecordedLookup:
 
 @dataclass(frozen=True, slots=True)
 class KeptCode:
-    """Old code of which no new code takes the place at its entry: absolute start, size in bytes."""
+    """A piece of old code, by the name of its function: absolute start, size in bytes."""
 
     name: str
     start: int
@@ -139,7 +139,8 @@ class Contents:
     anonymous memory. ``lifted`` are the codes of findings for which the patch would have been refused without --allow;
     ``kept`` is what --keep-live named. ``started`` is when the process that was patched had been started, in clock
     ticks since boot: a child forked by it carries the same record and was started later. ``removed`` is old code that
-    the new build no longer has, and that must be idle when the patch comes into force. ``set_id`` is common to the
+    the new build no longer has, and that must be idle when the patch comes into force; ``idle`` is code that does not
+    change, and that must be idle both then and when it goes out of force. ``set_id`` is common to the
     ``set_size`` patches that came into force together, empty for one alone.
     """
 
@@ -162,6 +163,7 @@ class Contents:
     kept: tuple[KeptCode, ...] = ()
     started: int = 0
     removed: tuple[KeptCode, ...] = ()
+    idle: tuple[KeptCode, ...] = ()
     set_id: str = ""
     set_size: int = 1
 
@@ -317,6 +319,7 @@ def _contents(value: Any) -> Contents:
         kept=tuple(_kept(item) for item in _items(fields["kept"])),
         started=_number(fields["started"]),
         removed=tuple(_kept(item) for item in _items(fields["removed"])),
+        idle=tuple(_kept(item) for item in _items(fields["idle"])),
         set_id=_hex(fields["set_id"]),
         set_size=_number(fields["set_size"]),
     )

@@ -17,12 +17,12 @@ from elfdiff.errors import LivegraftError, Refused
 
 from .binding import PF_W
 from .conditions import Conditions
-from .forbidden import ForbiddenRange
 from .gating import with_gates
+from .idleness import waiting_again
 from .lookups import Chains
 from .memory import Memory
 from .pause import carry_out
-from .plan import Part, ReadBytes, Situation, plan_apply, situation
+from .plan import Part, ReadBytes, Situation, code_ranges, plan_apply, situation
 from .proc import mapping_over, status
 from .record import (
     Contents,
@@ -122,7 +122,7 @@ def _reinstate(records: Sequence[Record], seen: Snapshot, memory: Memory, condit
         slots = {slot.address: slot for slot in lookup_slots(seen.modules, memory)}
     parts = []
     for record, module in zip(records, images, strict=True):
-        now = situation(seen.records, module, seen.gates)
+        now = waiting_again(situation(seen.records, module, seen.gates), record.contents.idle)
         contents = replace(_again(record, now, slots, seen, memory), set_id=set_id, set_size=len(records))
         parts.append(_part(record, contents, now, slots, seen, memory))
         slots |= _behind(slots, contents, now)
@@ -174,7 +174,7 @@ def _part(
     if slot is None:
         raise _not_whole(seen, "its record has no room for what it replaces")
     memory.write(record.address + slot, data)  # not in force until its state word says so
-    idle = tuple(ForbiddenRange(item.name, item.start, item.start + item.size) for item in contents.removed)
+    idle = code_ranges(contents.removed)
     binding = tuple(item for place in slots.values() for item in place.binding) if contents.lookups else ()
     return Part(record, contents, slot, now, idle, binding)
 

@@ -162,6 +162,7 @@ def _stage_again(record: Record, binding: Binding, now: Situation, memory: Memor
         kept=binding.kept,
         started=status(memory.pid).start_time,
         removed=removed_code(binding),
+        idle=binding.idle,
         set_id=binding.set_id,
         set_size=binding.set_size,
     )
@@ -358,6 +359,7 @@ def make_draft(binding: Binding, base: int, now: Situation, memory: Memory, tool
         kept=binding.kept,
         started=status(memory.pid).start_time,
         removed=removed_code(binding),
+        idle=binding.idle,
         set_id=binding.set_id,
         set_size=binding.set_size,
     )

@@ -90,6 +90,8 @@ def apply(
     deep_check: bool | None = None,
     deep_limit: int = DEEP_LIMIT,
     keep_live: Sequence[str] = (),
+    when_idle: Sequence[str] = (),
+    own_idle: bool = True,
     on_step: OnStep = no_step,
     pin: Pin | None = None,
 ) -> Outcome:
@@ -97,24 +99,23 @@ def apply(
 
     All of a set come into force in one stop, or none.
 
-    ``timeout`` (seconds) is for the functions to become idle; ``deep_check``, ``deep_limit`` and ``keep_live`` are
-    those of ``Conditions``, ``pin`` is that of ``open_target``. ``on_step`` is called at each point at which the death
-    of this process leaves something else behind, for tests.
+    ``timeout`` (seconds) is for the functions to become idle; ``deep_check``, ``deep_limit``, ``keep_live``,
+    ``when_idle`` and ``own_idle`` are those of ``Conditions``, ``pin`` is that of ``open_target``. ``on_step`` is
+    called at each point at which the death of this process leaves something else behind, for tests.
 
     Raises BadInput, NotPermitted, Refused, Busy (a function stayed live), Changed (it kept changing meanwhile),
     LivegraftError; in all these cases the target is as before. TargetDamaged where it is not.
     """
     given = patches_of(patches)
     with open_target(pid, pin) as memory:
-        asked = _conditions(given, timeout, deep_check, deep_limit, keep_live)
+        asked = Conditions(
+            timeout, deep_check, deep_limit, tuple(keep_live), _keepable(given), tuple(when_idle), own_idle
+        )
         return _attempts(asked, lambda left: _apply(pid, given, memory, left, on_step))
 
 
-def _conditions(
-    patches: Sequence[PatchObject], timeout: float, deep_check: bool | None, deep_limit: int, keep_live: Sequence[str]
-) -> Conditions:
-    could = frozenset(name for patch in patches for name in keepable(patch))
-    return Conditions(timeout, deep_check, deep_limit, tuple(keep_live), could)
+def _keepable(patches: Sequence[PatchObject]) -> frozenset[str]:
+    return frozenset(name for patch in patches for name in keepable(patch))
 
 
 def _attempts(conditions: Conditions, attempt: Callable[[Conditions], Outcome]) -> Outcome:
@@ -135,7 +136,7 @@ def _apply(
 ) -> Outcome:
     began = time.monotonic()
     seen, undone = _recovered(look(pid, memory), (), memory, conditions, on_step)
-    members = bind_all(patches, seen, memory, conditions.keep_live)
+    members = bind_all(patches, seen, memory, conditions)
     if all(_is_in_force(item, memory) for item in members):
         return _already(seen, [_applied(item) for item in members])
     require_together(members, seen)
@@ -177,7 +178,7 @@ def _recovered(
     broken = tuple(record for record in interrupted_sets(seen) if record.address not in left)
     if not broken:
         return seen, ()
-    take_out(broken, seen, memory, conditions, on_step)
+    take_out(broken, seen, memory, replace(conditions, when_idle=()), on_step)  # the names are of other images
     return look(seen.pid, memory), broken
 
 
@@ -187,7 +188,7 @@ def require_fit(pid: int, patch: PatchObject, *, pin: Pin | None = None) -> None
     Changes nothing, and stops nobody.
     """
     with open_target(pid, pin) as memory:
-        bind_all((patch,), look(pid, memory), memory)
+        bind_all((patch,), look(pid, memory), memory, Conditions())
 
 
 def check(
@@ -198,6 +199,8 @@ def check(
     deep_check: bool | None = None,
     deep_limit: int = DEEP_LIMIT,
     keep_live: Sequence[str] = (),
+    when_idle: Sequence[str] = (),
+    own_idle: bool = True,
     pin: Pin | None = None,
 ) -> Outcome:
     """Do all that ``apply`` does but the writing: every check, and stops of the process to look at its
@@ -208,17 +211,19 @@ def check(
     """
     given = patches_of(patches)
     with open_target(pid, pin) as memory:
-        asked = _conditions(given, timeout, deep_check, deep_limit, keep_live)
+        asked = Conditions(
+            timeout, deep_check, deep_limit, tuple(keep_live), _keepable(given), tuple(when_idle), own_idle
+        )
         return _attempts(asked, lambda left: _check(pid, given, memory, left))
 
 
 def _check(pid: int, patches: Sequence[PatchObject], memory: Memory, conditions: Conditions) -> Outcome:
     seen = look(pid, memory)
-    members = bind_all(patches, seen, memory, conditions.keep_live)
+    members = bind_all(patches, seen, memory, conditions)
     if all(_is_in_force(item, memory) for item in members):
         return _already(seen, [_applied(item) for item in members])
     require_together(members, seen)
-    contents, plan = _rehearse(members, seen, memory)
+    contents, plan = _rehearse(members, seen, memory, conditions)
     pause = carry_out(plan, seen, memory, conditions, no_step, write=False)
     return _together(
         Outcome(
@@ -298,7 +303,9 @@ def _of_one_set(members: Sequence[Member]) -> tuple[tuple[Binding, Situation], .
     return tuple((replace(item.binding, set_id=set_id, set_size=len(members)), item.now) for item in members)
 
 
-def _rehearse(members: Sequence[Member], seen: Snapshot, memory: Memory) -> tuple[tuple[Contents, ...], Plan]:
+def _rehearse(
+    members: Sequence[Member], seen: Snapshot, memory: Memory, conditions: Conditions
+) -> tuple[tuple[Contents, ...], Plan]:
     """What ``stage`` would do at the first places that it would try; and that nobody may be in a set that is broken."""
     tool = version("livegraft")
     staged: list[Staged] = []
@@ -312,7 +319,8 @@ def _rehearse(members: Sequence[Member], seen: Snapshot, memory: Memory) -> tupl
     plan = plan_apply([item.part for item in staged], memory.read_many)
     broken = interrupted_sets(seen)
     if broken:
-        undone = plan_revert(endings_of(broken, seen)[0], memory.read_many, seen.modules)
+        endings, _ = endings_of(broken, seen, replace(conditions, when_idle=()))
+        undone = plan_revert(endings, memory.read_many, seen.modules)
         forbidden, parkable = (*plan.forbidden, *undone.forbidden), (*plan.parkable, *undone.parkable)
         plan = replace(plan, forbidden=disjoint(forbidden), parkable=disjoint(parkable))
     # There is no record yet whose state word could be compared.
@@ -326,6 +334,8 @@ def revert(
     timeout: float = DEFAULT_TIMEOUT,
     deep_check: bool | None = None,
     deep_limit: int = DEEP_LIMIT,
+    when_idle: Sequence[str] = (),
+    own_idle: bool = True,
     on_step: OnStep = no_step,
     pin: Pin | None = None,
 ) -> Outcome:
@@ -336,7 +346,8 @@ def revert(
     into its constants may live on. Raises BadInput where no patch or more than one is meant; otherwise as ``apply``.
     """
     with open_target(pid, pin) as memory:
-        conditions, began = Conditions(timeout, deep_check, deep_limit), time.monotonic()
+        began = time.monotonic()
+        conditions = Conditions(timeout, deep_check, deep_limit, when_idle=tuple(when_idle), own_idle=own_idle)
         seen = look(pid, memory)
         unit = _unit(seen, patch_id)
         seen, undone = _recovered(seen, unit, memory, conditions, on_step)
@@ -378,14 +389,15 @@ def watch_apply(pid: int, patches: Patches, seconds: float, conditions: Conditio
     Changes nothing. Raises as ``check``, but for what is live.
     """
     given = patches_of(patches)
+    conditions = conditions or Conditions()
     with open_target(pid) as memory:
         seen = look(pid, memory)
-        members = bind_all(given, seen, memory)
+        members = bind_all(given, seen, memory, conditions)
         if all(_is_in_force(item, memory) for item in members):
             return None
         require_together(members, seen)
-        contents, plan = _rehearse(members, seen, memory)
-        return watch(seen, contents, plan, memory, conditions or Conditions(), seconds)
+        contents, plan = _rehearse(members, seen, memory, conditions)
+        return watch(seen, contents, plan, memory, conditions, seconds)
 
 
 def watch_revert(pid: int, patch_id: str, seconds: float, conditions: Conditions | None = None) -> Watched | None:
@@ -393,14 +405,15 @@ def watch_revert(pid: int, patch_id: str, seconds: float, conditions: Conditions
 
     Changes nothing. Raises as ``revert``, but for what is live.
     """
+    conditions = conditions or Conditions()
     with open_target(pid) as memory:
         seen = look(pid, memory)
         unit = _unit(seen, patch_id)
         if unit[0].state is State.REVERTED:
             return None
-        plan = plan_revert(endings_of(unit, seen)[0], memory.read_many, seen.modules)
+        plan = plan_revert(endings_of(unit, seen, conditions)[0], memory.read_many, seen.modules)
         contents = tuple(record.contents for record in unit)
-        return watch(seen, contents, plan, memory, conditions or Conditions(), seconds)
+        return watch(seen, contents, plan, memory, conditions, seconds)
 
 
 def _unit(seen: Snapshot, patch_id: str) -> tuple[Record, ...]:

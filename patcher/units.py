@@ -16,6 +16,7 @@ from elfdiff.patchobject import PatchObject
 from .binding import PF_W, Binding, bind
 from .conditions import Conditions
 from .gating import with_gates
+from .idleness import named_code, waiting_for, widen
 from .keeping import kept_code, names_by_patch
 from .memory import Memory
 from .modules import Module
@@ -67,13 +68,14 @@ def patches_of(patches: Patches) -> tuple[PatchObject, ...]:
 
 
 def bind_all(
-    patches: Sequence[PatchObject], seen: Snapshot, memory: Memory, keep_live: Sequence[str] = ()
+    patches: Sequence[PatchObject], seen: Snapshot, memory: Memory, conditions: Conditions
 ) -> tuple[Member, ...]:
     """Bind the patches of a unit, in the order of the images' addresses.
 
-    Raises as ``bind``, of a set saying which patch it is about; NotConcerned where the process has not all the images.
+    Raises as ``bind``, of a set saying which patch it is about; NotConcerned where the process has not all the images;
+    what ``named_code`` raises.
     """
-    names = names_by_patch(patches, keep_live)
+    names = names_by_patch(patches, conditions.keep_live)
     members = []
     for patch in patches:
         try:
@@ -84,7 +86,9 @@ def bind_all(
                 _name_member(error, patch, len(patches))
             raise
         members.append(Member(replace(binding, kept=kept), situation(seen.records, binding.module, seen.gates)))
-    return tuple(sorted(members, key=lambda item: item.binding.module.low))
+    named = named_code(seen.pid, conditions.when_idle, [item.binding.module for item in members])
+    widened = [Member(*widen(item.binding, item.now, named, conditions.own_idle)) for item in members]
+    return tuple(sorted(widened, key=lambda item: item.binding.module.low))
 
 
 def _name_member(error: LivegraftError, patch: PatchObject, count: int) -> None:
@@ -159,7 +163,7 @@ def take_out(
 
     Raises as ``carry_out``; Refused where none of their images is mapped any more.
     """
-    endings, modules = endings_of(records, seen)
+    endings, modules = endings_of(records, seen, conditions)
     sweep_stubs(seen.pid, memory)
     plan = plan_revert(endings, memory.read_many, seen.modules)
     known = [entry for item in endings for entry in journals(item.now)]
@@ -167,13 +171,16 @@ def take_out(
     return carry_out(gated.plan, seen, memory, conditions, on_step)
 
 
-def endings_of(records: Sequence[Record], seen: Snapshot) -> tuple[tuple[Ending, ...], tuple[Module, ...]]:
-    """Return how these active records end, one of each image, and the images. Raises Refused where none is mapped.
+def endings_of(
+    records: Sequence[Record], seen: Snapshot, conditions: Conditions
+) -> tuple[tuple[Ending, ...], tuple[Module, ...]]:
+    """Return how these active records end, one of each image, and the images.
 
-    Of an image that is gone only the state is to be changed.
+    Of an image that is gone only the state is to be changed. Raises Refused where none is mapped, and what
+    ``named_code`` raises.
     """
     endings: dict[tuple[str, int], Ending] = {}
-    modules = []
+    modules: dict[tuple[str, int], Module] = {}
     for record in records:
         key = record.contents.old.build_id, record.contents.old_bias
         if key in endings:
@@ -183,14 +190,18 @@ def endings_of(records: Sequence[Record], seen: Snapshot) -> tuple[tuple[Ending,
             endings[key] = Ending(record, Situation(None, (), (), (), (), seen.records, seen.gates))
         else:
             endings[key] = Ending(record, situation(seen.records, module, seen.gates))
-            modules.append(module)
+            modules[key] = module
     if not modules:
         raise Refused(
             f"{records[0].contents.old.name} is no longer mapped where patch {records[0].short_id} found it",
             why="the program has unloaded the image; its functions and the entry jumps in them are gone",
             next_step="nothing is to be reverted",
         )
-    return tuple(endings.values()), tuple(modules)
+    named = named_code(seen.pid, conditions.when_idle, list(modules.values()))
+    for key, module in modules.items():
+        ending = endings[key]
+        endings[key] = replace(ending, now=waiting_for(ending.now, module, named, conditions.own_idle))
+    return tuple(endings.values()), tuple(modules.values())
 
 
 def journals(now: Situation) -> tuple[JournalEntry, ...]:

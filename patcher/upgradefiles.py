@@ -52,7 +52,7 @@ def held_files(pid: int, module: Module, successor: str) -> Iterator[FilePair]:
     rights than the process could have put there), LivegraftError.
     """
     with ExitStack() as open_files:
-        old = by_living_thread(pid, lambda tid: _open_mapped(pid, tid, module))
+        old = by_living_thread(pid, lambda tid: open_mapped(pid, tid, module))
         open_files.callback(os.close, old)
         new = by_living_thread(pid, lambda tid: _open_on_disk(pid, tid, successor))
         open_files.callback(os.close, new)
@@ -75,7 +75,7 @@ def _digest(descriptor: int) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _open_mapped(pid: int, tid: int, module: Module) -> int:
+def open_mapped(pid: int, tid: int, module: Module) -> int:
     """Open the very file that is mapped, deleted or not (proc(5), map_files; the executable also by exe)."""
     mapping = module.mappings[0]
     names = (f"/proc/{tid}/map_files/{mapping.start:x}-{mapping.end:x}", f"/proc/{pid}/task/{tid}/exe")

@@ -31,7 +31,7 @@ def require_believable(records: Iterable[Record], loaded: Sequence[Module], maps
         module = module_of_record(record, loaded)
         if module is None or record.state is State.PREPARED:
             continue
-        for item in record.contents.kept:
+        for item in (*record.contents.kept, *record.contents.idle):
             _require_code(record, item, module)
         text = own_text(record, maps)
         for mapping, entries in _by_mapping(record, module):
@@ -76,7 +76,7 @@ def _require_code(record: Record, item: KeptCode, module: Module) -> None:
     if mapping is None or not mapping.executable:
         raise TargetDamaged(
             f"the record at {record.address:#x} cannot be believed",
-            why=f"it says that {item.name} is kept at {item.start:#x}, where there is no code of the image",
+            why=f"it says that {item.name} is at {item.start:#x}, where there is no code of the image",
             next_step="restart the program; something in it has written over the record",
         )
 

@@ -8,7 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from elfdiff.findings import addresses, calling, classes, entries, exceptions, exports, layout, startup, threads, types
+from elfdiff.findingcodes import MOVED_CODE
+from elfdiff.findings import (
+    addresses,
+    calling,
+    classes,
+    entries,
+    exceptions,
+    exports,
+    layout,
+    moves,
+    startup,
+    threads,
+    types,
+)
 from elfdiff.patchbuild import Draft
 from elfdiff.patchobject import Finding, Severity
 
@@ -16,10 +29,15 @@ Rule = Callable[[Draft], Iterator[Finding]]
 
 
 def find(draft: Draft, allowed: frozenset[str]) -> tuple[Finding, ...]:
-    """All findings on a draft; what would refuse and has a code in ``allowed`` warns, and says that it was lifted."""
+    """All findings on a draft; what would refuse and has a code in ``allowed`` warns, and says that it was lifted.
+
+    So does ``moved-code``, which asks for something at apply that is left out then.
+    """
     found = [finding for rule in RULES for finding in rule(draft)]
     return tuple(
-        replace(f, severity=Severity.WARN, lifted=True) if f.severity is Severity.REFUSE and f.code in allowed else f
+        replace(f, severity=Severity.WARN, lifted=True)
+        if f.code in allowed and (f.severity is Severity.REFUSE or f.code == MOVED_CODE)
+        else f
         for f in found
     )
 
@@ -49,6 +67,7 @@ RULES: tuple[Rule, ...] = (
     startup.static_guards,
     calling.exported_prototypes,
     calling.removed_callers,
+    moves.moved_code,
     addresses.ambiguous_functions,
     addresses.kept_functions,
     addresses.known_by_address,

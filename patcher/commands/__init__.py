@@ -147,6 +147,25 @@ def add_keep_live(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_when_idle(parser: argparse.ArgumentParser) -> None:
+    """Add ``--when-idle`` and ``--no-when-idle``: what must be idle beside the functions that change."""
+    parser.add_argument(
+        "--when-idle",
+        type=_names,
+        action="extend",
+        default=[],
+        metavar="NAME[,NAME]",
+        help="wait until no thread is in these functions either, although they do not change: the common caller of two "
+        "between which a check moves (symbols, or addresses of the file)",
+    )
+    parser.add_argument(
+        "--no-when-idle",
+        dest="own_idle",
+        action="store_false",
+        help="do not wait for what the patch itself names so (finding moved-code)",
+    )
+
+
 def _names(text: str) -> list[str]:
     names = text.split(",")
     if not all(names):

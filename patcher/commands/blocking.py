@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from elfdiff.errors import BadInput, Busy
 
-from . import Report, add_deep_check, add_pid, plural, seconds
+from . import Report, add_deep_check, add_pid, add_when_idle, plural, seconds
 
 if TYPE_CHECKING:
     from patcher.liveness import Activation, Watched
@@ -33,6 +33,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     )
     add_pid(parser)
     add_deep_check(parser)
+    add_when_idle(parser)
     parser.add_argument(
         "--for", dest="seconds", type=seconds, default=1.0, metavar="SECONDS", help="how long to look (default: 1)"
     )
@@ -51,14 +52,20 @@ def run(arguments: argparse.Namespace) -> Report:
             why="what is in the way depends on what is to be written",
             next_step="livegraft blocking PATCH --pid PID",
         )
-    asked = Conditions(deep_check=arguments.deep_check, deep_limit=arguments.deep_limit)
+    asked = Conditions(
+        deep_check=arguments.deep_check,
+        deep_limit=arguments.deep_limit,
+        when_idle=tuple(arguments.when_idle),
+        own_idle=arguments.own_idle,
+    )
     if arguments.patches:
         patches = [read_patch(path) for path in arguments.patches]
         watched = transaction.watch_apply(arguments.pid, patches, arguments.seconds, asked)
     else:
         watched = transaction.watch_revert(arguments.pid, arguments.revert, arguments.seconds, asked)
     if watched is None:
-        nothing = {"pid": arguments.pid, "looks": 0, "quiescent": 0, "live": [], "seen": [], "never_live": []}
+        nothing: dict[str, Any] = {"pid": arguments.pid, "looks": 0, "quiescent": 0}
+        nothing |= {name: [] for name in ("live", "seen", "never_live", "when_idle")}
         return Report(nothing, ["nothing would be written, so nothing is in the way"])
     return Report(_json(watched), _lines(watched), Busy.exit_code if watched.now else 0)
 
@@ -76,6 +83,7 @@ def _json(watched: Watched) -> dict[str, Any]:
         "live": [_activation_json(item) for item in now],
         "seen": [_activation_json(item) for item in watched.activations if item not in now],
         "never_live": list(watched.never_live),
+        "when_idle": list(watched.unchanged),
         "waits_for_returns": not watched.waiting,
         "why_not": watched.waiting,
     }
@@ -98,6 +106,8 @@ def _lines(watched: Watched) -> list[str]:
     lines += [f"  before that: {plural(rest, 'other activation')}"] if rest else []
     lines.append(f"  quiescent   in {watched.quiescent} of {plural(watched.looks, 'look')} in {watched.seconds:.1f} s")
     lines.append(f"  apply waits {f'blindly: {watched.waiting}' if watched.waiting else 'for threads to return'}")
+    if watched.unchanged:
+        lines.append(f"  when idle   {', '.join(map(safe, watched.unchanged))}: unchanged, and waited for as well")
     if watched.never_live:
         lines.append(f"  never live  {', '.join(map(safe, watched.never_live))}")
     return lines

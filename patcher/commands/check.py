@@ -11,7 +11,16 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import Report, add_deep_check, add_keep_live, add_patches, add_selection, add_timeout, selection_of
+from . import (
+    Report,
+    add_deep_check,
+    add_keep_live,
+    add_patches,
+    add_selection,
+    add_timeout,
+    add_when_idle,
+    selection_of,
+)
 
 if TYPE_CHECKING:
     from elfdiff.patchobject import PatchObject
@@ -26,6 +35,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     add_timeout(parser)
     add_deep_check(parser)
     add_keep_live(parser)
+    add_when_idle(parser)
 
 
 def run(arguments: argparse.Namespace) -> Report:
@@ -49,6 +59,8 @@ def run(arguments: argparse.Namespace) -> Report:
             deep_check=arguments.deep_check,
             deep_limit=arguments.deep_limit,
             keep_live=arguments.keep_live,
+            when_idle=arguments.when_idle,
+            own_idle=arguments.own_idle,
             pin=pin,
         )
 
@@ -78,8 +90,7 @@ def _text(outcome: Outcome, patches: Sequence[PatchObject]) -> list[str]:
         builds_line,
         functions_line,
         head_line,
-        kept_lines,
-        lifted_lines,
+        noted_lines,
         patches_meant,
         pause_line,
         safe,
@@ -97,8 +108,7 @@ def _text(outcome: Outcome, patches: Sequence[PatchObject]) -> list[str]:
             f"  functions  {functions_line(contents)}",
             *([] if outcome.further else [pause]),
             f"  to map     {one.mapped_bytes // 1024} KiB",
-            *(f"  {line}" for line in kept_lines(contents)),
-            *(f"  {line}" for line in (*lifted_lines(contents), *warning_lines(patches_meant(one, patches)))),
+            *(f"  {line}" for line in (*noted_lines(contents), *warning_lines(patches_meant(one, patches)))),
             *(f"  replaces   {item.short_id}" for item in one.others),
         ]
     return lines

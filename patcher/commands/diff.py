@@ -121,6 +121,7 @@ def patch_json(patch: PatchObject) -> dict[str, Any]:
         "functions": [asdict(function) for function in patch.functions],
         "imports": [asdict(item) for item in patch.imports],
         "removed": [asdict(item) for item in patch.removed],
+        "when_idle": [asdict(item) for item in patch.idle],
         "line_only": [asdict(item) for item in patch.line_only],
         "findings": [asdict(item) for item in patch.findings],
     }

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from elfdiff.errors import BadInput
 
-from . import Report, add_deep_check, add_selection, add_timeout, selection_of
+from . import Report, add_deep_check, add_selection, add_timeout, add_when_idle, selection_of
 
 if TYPE_CHECKING:
     from patcher.selection import Pin
@@ -34,6 +34,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     add_selection(parser)
     add_timeout(parser)
     add_deep_check(parser)
+    add_when_idle(parser)
 
 
 def run(arguments: argparse.Namespace) -> Report:
@@ -52,6 +53,8 @@ def run(arguments: argparse.Namespace) -> Report:
             timeout=arguments.timeout,
             deep_check=arguments.deep_check,
             deep_limit=arguments.deep_limit,
+            when_idle=arguments.when_idle,
+            own_idle=arguments.own_idle,
             pin=pin,
         )
 

@@ -71,7 +71,8 @@ def contents_json(contents: Contents) -> dict[str, Any]:
         "applied_at": moment(contents.time),
         "tool_version": contents.tool_version,
         "lifted": list(contents.lifted),
-        "kept": [{"name": item.name, "start": item.start, "size": item.size} for item in contents.kept],
+        "kept": [asdict(item) for item in contents.kept],
+        "when_idle": [asdict(item) for item in contents.idle],
         "functions": [function_json(item) for item in contents.functions],
     }
 
@@ -115,14 +116,22 @@ def head_line(outcome: Outcome, text: str, *, colon: bool = False) -> str:
     return f"{safe(outcome.process)} (pid {outcome.pid}){':' if colon else ''} {text.format(named)}"
 
 
-def kept_lines(contents: Contents) -> list[str]:
-    """Return what was kept live, where anything was."""
+def noted_lines(contents: Contents) -> list[str]:
+    """Return what was unusual: what was kept live, waited for as well, or lifted; names come from the target."""
+    return [*_kept_lines(contents), *_idle_lines(contents), *_lifted_lines(contents)]
+
+
+def _kept_lines(contents: Contents) -> list[str]:
     names = dict.fromkeys(safe(item.name) for item in contents.kept)
     return [f"kept live  {', '.join(names)}: threads that are in it finish the old code"] if names else []
 
 
-def lifted_lines(contents: Contents) -> list[str]:
-    """Return what was lifted when the patch was made, where anything was; the codes come from the target."""
+def _idle_lines(contents: Contents) -> list[str]:
+    names = dict.fromkeys(safe(item.name) for item in contents.idle)
+    return [f"when idle  {', '.join(names)}: unchanged, and waited for as well"] if names else []
+
+
+def _lifted_lines(contents: Contents) -> list[str]:
     return [f"lifted     {', '.join(map(safe, contents.lifted))}, by --allow"] if contents.lifted else []
 
 

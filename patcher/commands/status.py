@@ -120,14 +120,14 @@ def _json(patch: CarriedPatch) -> dict[str, Any]:
 
 
 def _lines(patch: CarriedPatch, found: Inspection) -> list[str]:
-    from .shared import builds_line, functions_line, kept_lines, lifted_lines, moment, safe, state_name
+    from .shared import builds_line, functions_line, moment, noted_lines, safe, state_name
 
     record = patch.record
     lines = [
         f"  {record.short_id}  {state_name(record.state)}",
         f"    build      {safe(builds_line(record.contents))}",
         f"    functions  {functions_line(record.contents)}",
-        *(f"    {line}" for line in (*kept_lines(record.contents), *lifted_lines(record.contents))),
+        *(f"    {line}" for line in noted_lines(record.contents)),
         f"    since      {moment(record.contents.time)}, by livegraft {safe(record.contents.tool_version)}",
     ]
     if record.contents.set_id:

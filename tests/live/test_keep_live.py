@@ -156,6 +156,17 @@ def test_without_it_the_loop_keeps_the_patch_out_and_the_way_is_told(running: Ru
     assert running.ask(5, OLD_THREAD) == [1005, 1]
 
 
+def test_what_is_kept_live_cannot_be_waited_for(running: Running, to: Patches) -> None:
+    with pytest.raises(BadInput) as caught:
+        apply(running.pid, to[2, 2], keep_live=BOTH, when_idle=["serve"])
+    assert caught.value.what == "serve cannot be both kept live and idle"
+    with pytest.raises(Busy) as busy:
+        apply(running.pid, to[2, 2], timeout=0, keep_live=BOTH, when_idle=["main"])
+    assert busy.value.what.startswith("main stayed live") and "--no-when-idle" in busy.value.next_step
+    assert altered_code(running.pid) == []
+    assert running.ask(5, OLD_THREAD) == [1005, 1]
+
+
 def test_old_activations_go_on_and_new_calls_run_new_code(running: Running, to: Patches) -> None:
     worker = max(thread_ids(running.pid))
     apply(running.pid, to[2, 2], keep_live=BOTH)
