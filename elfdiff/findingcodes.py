@@ -5,7 +5,6 @@ Light on purpose: the command line's help needs it, and nothing that is heavy.
 
 from __future__ import annotations
 
-MOVED_CODE = "moved-code"
 CODES: dict[str, tuple[bool, str]] = {
     "allocation-size": (True, "a constant size given to an allocator differs"),
     "ambiguous-function": (False, "a function that pointers may lead to may be one or another of the new build"),
@@ -21,7 +20,7 @@ CODES: dict[str, tuple[bool, str]] = {
     "initial-value": (True, "a writable variable starts with another value"),
     "kept-function": (True, "a function that live data may point to is gone in the new build"),
     "label-table": (True, "a changed function has a table of code labels"),
-    MOVED_CODE: (True, "something moves between functions that are called in turn"),
+    "moved-code": (True, "something moves between functions that are called in turn"),
     "neighbour-address": (False, "a variable is bound by its neighbours alone"),
     "new-import": (False, "the new code needs a symbol that the old build does not import"),
     "new-library": (False, "the new build needs a library that the old one does not"),
@@ -36,4 +35,5 @@ CODES: dict[str, tuple[bool, str]] = {
     "variable-type": (True, "a variable that the new code may use has another type"),
 }
 """Code -> (``--allow`` may lift it, what it says). Liftable is what a maintainer can know better than the files."""
+MOVED_CODE = "moved-code"
 LIFTABLE = tuple(sorted(code for code, (liftable, _) in CODES.items() if liftable))

@@ -109,6 +109,7 @@ class Rehearsal:
     allow: frozenset[str]
     lines: bool
     keep_live: tuple[str, ...]
+    when_idle: tuple[str, ...]
     tree: bool
     idle_timeout: float
 
@@ -167,6 +168,7 @@ def _rehearsal(top: Keys, file: Path) -> Rehearsal:
         allow=patch.allow,
         lines=patch.lines,
         keep_live=patch.keep_live,
+        when_idle=patch.when_idle,
         tree=patch.tree,
         idle_timeout=patch.idle_timeout,
     )
@@ -201,6 +203,7 @@ class _Patch:
     allow: frozenset[str]
     lines: bool
     keep_live: tuple[str, ...]
+    when_idle: tuple[str, ...]
     tree: bool
     idle_timeout: float
 
@@ -213,10 +216,11 @@ def _patch(top: Keys) -> _Patch:
             keys.wrong("allow", f"{shown(code)} is no liftable finding", f"some of {', '.join(LIFTABLE)}")
     lines = keys.flag("lines")
     keep_live = keys.texts("keep_live", "an array of names of functions")
+    when_idle = keys.texts("when_idle", "an array of names of functions")
     tree = keys.choice("processes", _PROCESSES) == "tree"
     idle = keys.number("timeout", 10.0, 0, _DAY, "seconds")
     keys.done()
-    return _Patch(frozenset(allow), lines, keep_live, tree, idle)
+    return _Patch(frozenset(allow), lines, keep_live, when_idle, tree, idle)
 
 
 def _start(top: Keys) -> Service:

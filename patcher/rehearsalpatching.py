@@ -14,7 +14,7 @@ from . import transaction
 from .conditions import Conditions
 from .group import Act, End, Group, carry_out_each
 from .rehearsalfile import Rehearsal
-from .selection import By, Selection
+from .selection import By, Pin, Selection
 
 Seconds = Callable[[], float]
 """How long functions may take to become idle, from now on."""
@@ -34,13 +34,16 @@ class Patched:
 
 def apply_patch(pid: int, patch: PatchObject, asked: Rehearsal, seconds: Seconds) -> tuple[Patched, ...]:
     """Put the patch in force in the daemon, process ``pid``. Raises LivegraftError; it is in force nowhere then."""
+
+    def act(pid: int, pin: Pin | None = None) -> transaction.Outcome:
+        return transaction.apply(
+            pid, patch, timeout=seconds(), keep_live=asked.keep_live, when_idle=asked.when_idle, pin=pin
+        )
+
     if asked.tree:
-        return _in_all(
-            pid, seconds,
-            lambda pin: transaction.apply(pin.pid, patch, timeout=seconds(), keep_live=asked.keep_live, pin=pin),
-        )  # fmt: skip
+        return _in_all(pid, seconds, lambda pin: act(pin.pid, pin))
     try:
-        return (_patched(transaction.apply(pid, patch, timeout=seconds(), keep_live=asked.keep_live)),)
+        return (_patched(act(pid)),)
     except LivegraftError as error:
         _note_program(error, pid, asked.program)
         raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from elfdiff.findingcodes import MOVED_CODE
 from elfdiff.findings.places import MANY
 from elfdiff.moves import Move
 from elfdiff.patchbuild import Draft
@@ -21,7 +20,7 @@ def moved_code(draft: Draft) -> Iterator[Finding]:
     awaited = [move for move in unchanged if not move.hopeless]
     if awaited:
         yield Finding(
-            MOVED_CODE,
+            "moved-code",
             Severity.WARN,
             f"something moves between functions that are called in turn, in {len(awaited)} case(s)",
             _places(draft, awaited),
@@ -32,7 +31,7 @@ def moved_code(draft: Draft) -> Iterator[Finding]:
     hopeless = [move for move in unchanged if move.hopeless]
     if hopeless:
         yield Finding(
-            MOVED_CODE,
+            "moved-code",
             Severity.REFUSE,
             f"something moves between functions that are called in turn by one that never returns, in {len(hopeless)} "
             "case(s)",

@@ -43,7 +43,7 @@ def test_the_shortest_file_and_what_it_leaves_unsaid(folder: Path) -> None:
     assert (asked.program, asked.old, asked.new) == (folder / "old", folder / "old", folder / "new")
     assert (asked.cycles, asked.hold, asked.timeout, asked.idle_timeout) == (10, 0.5, 600.0, 10.0)
     assert not asked.tree and read(folder, BUILD, START, PROBE, "[patch]\nprocesses = 'tree'\n").tree
-    assert asked.load is None and not asked.allow and not asked.lines and not asked.keep_live
+    assert asked.load is None and not asked.allow and not asked.lines and not asked.keep_live and not asked.when_idle
     assert asked.start.command == ("{old}", "{port}") and asked.start.timeout == 30.0
     (probe,) = asked.probes
     assert probe.before.fits("1\n") and not probe.before.fits("12") and probe.expect.search("\n")
@@ -96,10 +96,11 @@ TOPS = {
     'patch.allow = ["one"]': "patch.allow: 'one' is no liftable finding; expected some of ",
     'patch.lines = "yes"': "patch.lines: 'yes'; expected true or false",
     'patch.keep_live = [""]': "patch.keep_live: ['']; expected an array of names of functions",
+    'patch.when_idle = "one"': "patch.when_idle: 'one'; expected an array of names of functions",
     "patch.timeout = []": "patch.timeout: []; expected a number of seconds from 0 to 86400",
     "patch.processes = 2": "patch.processes: 2; expected \"one\" or \"tree\"",
     'patch.processes = "all"': "patch.processes: 'all'; expected \"one\" or \"tree\"",
-    "patch.x = 1": "patch.x: unknown key; expected one of allow, keep_live, lines, processes, timeout",
+    "patch.x = 1": "patch.x: unknown key; expected one of allow, keep_live, lines, processes, timeout, when_idle",
 }
 
 
