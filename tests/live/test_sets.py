@@ -21,6 +21,8 @@ from tests.live.pairing import Pairs, pairs, version_in_force
 pytestmark = pytest.mark.root
 
 PATIENCE = 60.0
+NOTED = ([{"hold"}, {"complain"}], [{"complain"}, {"hold"}])
+"""By image, in the order of their addresses: functions that do not change, one of the program, one of the library."""
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +111,19 @@ def test_one_function_that_stays_live_keeps_all_of_a_set_out(built: Pairs, progr
     assert altered_code(program.pid) == [] and inspect_process(program.pid).patches == ()
     assert program.ask("release") == "released"
     apply(program.pid, built.to[2], timeout=PATIENCE)
+    both(program, 2)
+
+
+def test_what_is_named_is_looked_for_in_all_images_of_a_set(built: Pairs, program: Answering) -> None:
+    with pytest.raises(BadInput, match="a function of 2 images"):
+        check(program.pid, built.to[2], when_idle=["deregister_tm_clones"])
+    with pytest.raises(BadInput, match="no function of"):
+        check(program.pid, built.to[2], when_idle=["nobody"])
+    with pytest.raises(Busy, match="main stayed live"):
+        apply(program.pid, built.to[2], timeout=3.0, when_idle=["complain", "main"])
+    assert inspect_process(program.pid).patches == ()
+    outcome = apply(program.pid, built.to[2], timeout=PATIENCE, when_idle=["complain", "hold"])
+    assert [{item.name for item in one.contents.idle} for one in outcome.members] in NOTED
     both(program, 2)
 
 
