@@ -19,7 +19,7 @@ GET, SET, LOGIN = 0x00, 0x01, 0x21
 NO_ERROR, REJECTED = 0x00, 0x20
 USER, PASSWORD = "load@example", "secret"  # without a realm SASL would add the name of the host
 CONNECTIONS = 8
-KEYS = 500
+KEYS = 200
 ROUNDS_PER_SESSION = 200
 SECONDS = 30.0
 
@@ -91,16 +91,24 @@ class Session:
         if status != NO_ERROR:
             raise Failure(f"set was answered with status {status:#x}")
         self._values[key] = value
-        key = self._random.choice(list(self._values))
-        status, got = self._connection.ask(GET, key)
-        if status != NO_ERROR or got != self._values[key]:
-            raise Failure(f"get {key!r}: status {status:#x}, {got!r} instead of {self._values[key]!r}")
+        self._require(self._random.choice(list(self._values)))
         slowest, self._connection.slowest = self._connection.slowest, 0.0
         self._rounds += 1
         if self._rounds % ROUNDS_PER_SESSION == 0:
             self._connection.close()
             self._connection = self._open()
         return 2, slowest
+
+    def require_all(self) -> int:
+        """Get every key that was ever set. Return how many."""
+        for key in self._values:
+            self._require(key)
+        return len(self._values)
+
+    def _require(self, key: bytes) -> None:
+        status, got = self._connection.ask(GET, key)
+        if status != NO_ERROR or got != self._values[key]:
+            raise Failure(f"get {key!r}: status {status:#x}, {got!r} instead of {self._values[key]!r}")
 
 
 def load(port: int) -> int:
@@ -118,6 +126,7 @@ def load(port: int) -> int:
             if not ready:
                 print("all connections were served", flush=True)
                 ready = True
+        requests += sum(session.require_all() for session in sessions)
     except (Failure, OSError) as error:
         print(f"failed: {error}", flush=True)
         failed += 1
