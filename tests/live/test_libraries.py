@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from elfdiff.errors import LivegraftError, Refused
 from fixtures.intact import altered_code
 from patcher.transaction import apply, check, revert
 from tests.compile import Compiler
+from tests.conftest import Livegraft
 from tests.live.grafting import MAIN, PRELUDE, Running, library_pair, patch_for, there_and_back
 
 pytestmark = pytest.mark.root
@@ -141,6 +143,34 @@ def test_a_library_that_was_closed_is_left_alone(opened: tuple[Running, Path, Pa
                 command(process.pid)
         assert altered_code(process.pid) == []
         assert process.ask(-1, 0) == [1, 43043]
+
+
+IN_A_NAMESPACE = 'mount -t tmpfs none "$0" && cp "$1" "$LIBRARY" && exec "$2"'
+
+
+@pytest.mark.parametrize("fate", ["there", "deleted", "replaced"])
+def test_a_library_that_only_another_mount_namespace_has(
+    fate: str, compiled: Compiler, tmp_path: Path, livegraft: Livegraft
+) -> None:
+    """Opened at run time from a file system that nobody else sees, and in which its file may be gone by now."""
+    pair = library_pair(compiled, filled(TEXT), filled(TEXT, FIRST="+ 5"))
+    program = compiled({"main.c": PRELUDE + MAIN, "opens.c": PRELUDE + OPENS}, "-ldl")
+    library = tmp_path / "hidden" / "libanswer.so"
+    library.parent.mkdir()
+    patch = tmp_path / "fix.patch"
+    patch_for(pair.old, pair.new, tmp_path)
+    command = ["unshare", "--mount", "sh", "-c", IN_A_NAMESPACE, library.parent, pair.old, program]
+    with Running(command, {"LIBRARY": str(library)}) as process:
+        assert process.ask(-1, 0) == [1, 43043] and not library.exists()
+        within = ["nsenter", "--target", str(process.pid), "--mount"]
+        if fate != "there":
+            subprocess.run([*within, "rm", library], check=True)
+        if fate == "replaced":
+            subprocess.run([*within, "cp", pair.new, library], check=True)
+        livegraft("apply", patch, "--pid", process.pid, "--timeout", 60)
+        assert process.ask(0, 2) == [48048, 68028]
+        livegraft("revert", "--pid", process.pid, "--timeout", 60)
+        assert process.ask(0, 2) == [43043, 63023]
 
 
 DROPS = {

@@ -14,8 +14,10 @@ from fixtures.intact import altered_code, writable_and_executable
 from patcher.inspection import inspect_process
 from patcher.record import State
 from patcher.transaction import apply, check, revert, watch_apply
+from tests.compile import Compiler
 from tests.conftest import Livegraft
 from tests.live.answering import SPREAD, Answering, killed_at, versions
+from tests.live.grafting import MAIN, PRELUDE, Running, named, patch_for
 from tests.live.pairing import Pairs, pairs, version_in_force
 
 pytestmark = pytest.mark.root
@@ -242,3 +244,37 @@ def test_a_set_on_several_processes_and_all_taken_back_where_one_fails(
         for one in (first, second):
             both(one, 1)
             assert altered_code(one.pid) == []
+
+
+NEEDS = "long helped(long n);\nlong answer(long n) { return helped(n) CALL; }"
+HELPS = "EXTRA\nSEPARATE long helped(long n) { return n * 3 EDIT; }"
+
+
+def test_what_only_the_new_library_has_cannot_be_bound_to(cache_folder: Path, tmp_path: Path) -> None:
+    """Also where the patch that brings it is in the same set; the refusal names the symbol and the patch."""
+    compiled = Compiler(cache_folder / "compiled")
+
+    def library(extra: str, edit: str) -> Path:
+        text = PRELUDE + HELPS.replace("EXTRA", extra).replace("EDIT", edit)
+        return named(compiled({"helps.c": text}, "-Wl,-soname,libhelps.so", link="library"), "libhelps.so")
+
+    def program(call: str, beside: Path) -> Path:
+        return compiled({"main.c": PRELUDE + MAIN, "needs.c": PRELUDE + "long extra(long n);\n" + call}, str(beside))
+
+    libraries = library("", ""), library("long extra(long n) { return n + 500; }", "+ 1")
+    old, new = (
+        program(NEEDS.replace("CALL", call), beside)
+        for call, beside in zip(("", "+ extra(n)"), libraries, strict=True)
+    )
+    for name in ("program", "library"):
+        (tmp_path / name).mkdir()
+    of_program = patch_for(old, new, tmp_path / "program")
+    of_library = patch_for(*libraries, tmp_path / "library")
+    with Running([old], {"LD_LIBRARY_PATH": str(libraries[0].parent)}) as process:
+        assert process.ask(1) == [3]
+        with pytest.raises(Refused, match=f"extra.*patch {of_program.id[:12]}"):
+            apply(process.pid, (of_program, of_library), timeout=PATIENCE)
+        assert process.ask(1) == [3] and altered_code(process.pid) == []
+        assert inspect_process(process.pid).patches == ()
+        apply(process.pid, of_library, timeout=PATIENCE)
+        assert process.ask(1) == [4]
