@@ -136,6 +136,22 @@ def test_switches_that_the_program_makes_itself_are_found_where_it_is_asked_for(
         assert program.tell("ask") == "10"
 
 
+def test_a_parked_coroutine_is_waited_for_in_a_function_that_does_not_change(pair: Pair) -> None:
+    with Parking(pair.program) as program:
+        program.tell("idle mapped")
+        with pytest.raises(Busy) as caught:
+            apply(program.pid, pair.patch, timeout=WAIT, when_idle=["other"])
+        assert "other" in caught.value.what and "a stack that no thread runs on" in caught.value.why
+        program.tell("finish")
+        apply(program.pid, pair.patch, when_idle=["other"])
+        program.tell("idle mapped")
+        with pytest.raises(Busy) as caught:
+            revert(program.pid, timeout=WAIT)
+        assert caught.value.what.startswith("other stayed live")
+        revert(program.pid, own_idle=False)
+        assert program.tell("ask") == "6" and altered_code(program.pid) == []
+
+
 def test_a_coroutine_in_the_new_code_keeps_it_from_being_reverted(pair: Pair) -> None:
     with Parking(pair.program) as program:
         apply(program.pid, pair.patch)

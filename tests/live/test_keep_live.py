@@ -260,11 +260,12 @@ def test_what_a_killed_patcher_has_begun_can_be_undone_under_the_loop(running: R
     assert altered_code(running.pid) == []
 
 
-def test_a_record_that_keeps_what_is_no_code_is_not_believed(running: Running, to: Patches) -> None:
+@pytest.mark.parametrize("said", ["kept", "idle"])
+def test_a_record_that_names_what_is_no_code_is_not_believed(running: Running, to: Patches, said: str) -> None:
     apply(running.pid, to[2, 2], keep_live=BOTH)
     record = inspect_process(running.pid).patches[0].record
     for forged in (KeptCode("serve", 0x1000, 64), KeptCode("serve", record.address, 64), KeptCode("serve", 1 << 62, 1)):
-        contents = replace(record.contents, kept=(forged,))
+        contents = replace(record.contents, **{said: (forged,)})
         with Memory(running.pid) as memory:
             memory.write(record.address + record.slot, encode_slot(contents))
         with pytest.raises(TargetDamaged):
