@@ -145,6 +145,26 @@ def test_a_library_that_was_closed_is_left_alone(opened: tuple[Running, Path, Pa
         assert process.ask(-1, 0) == [1, 43043]
 
 
+def test_a_set_is_reverted_though_its_library_was_closed(
+    opened: tuple[Running, Path, Path], compiled: Compiler, tmp_path: Path
+) -> None:
+    """Of the library only the record is left to be changed; what it leaves in the program is taken back."""
+    running, old, new = opened
+    later = OPENS.replace("return dlclose(handle);", "return dlclose(handle) + 7;")
+    program = compiled({"main.c": PRELUDE + MAIN, "opens.c": PRELUDE + later}, "-ldl")
+    for name in ("library", "program"):
+        (tmp_path / name).mkdir()
+    both = patch_for(old, new, tmp_path / "library"), patch_for(Path(running.command[0]), program, tmp_path / "program")
+    with running as process:
+        with pytest.raises(Refused, match="has not loaded libanswer"):
+            apply(process.pid, both)
+        assert process.ask(-1) == [1]
+        apply(process.pid, both)
+        assert process.ask(0, -2) == [48048, 7]
+        assert len(revert(process.pid).members) == 2
+        assert process.ask(-1, 0, -2) == [1, 43043, 0] and altered_code(process.pid) == []
+
+
 IN_A_NAMESPACE = 'mount -t tmpfs none "$0" && cp "$1" "$LIBRARY" && exec "$2"'
 
 
