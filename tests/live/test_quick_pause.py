@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from elfdiff.errors import Busy, LivegraftError, TargetDamaged
+from fixtures.intact import altered_code
 from patcher import batch, quickpause
 from patcher.batch import Step
 from patcher.inspection import inspect_process
@@ -24,8 +25,10 @@ from patcher.registers_x86_64 import Registers
 from patcher.stopped import StoppedThreads
 from patcher.stopping import SeizedProcess
 from patcher.transaction import apply, check, revert
+from tests.compile import Compiler
 from tests.live.answering import SPREAD, Answering, Versions, versions
 from tests.live.faults import EXTENT, assert_at_liberty, sample
+from tests.live.grafting import MAIN, PRELUDE, library_pair, patch_for
 
 pytestmark = [
     pytest.mark.root,
@@ -105,6 +108,27 @@ def test_a_pause_in_which_nothing_is_unusual_is_made_in_c(
     assert set(observed.steps) <= {Step.DONE, Step.STACKS}  # a thread may have been in a function at a first stop
     running.never_mixed()
     assert running.code().items() >= before.items()
+
+
+def test_a_set_is_carried_by_c_as_well(observed: Observed, cache_folder: Path, tmp_path: Path) -> None:
+    """A program and its library: two images, with gates of their own, in one list of writes."""
+    compiled = Compiler(cache_folder / "compiled")
+    text = "SEPARATE long first(long n) { return n * 10 + 3; }\nlong answer(long n) { return first(n) + 1000; }"
+    pair = library_pair(compiled, text, text.replace("+ 3", "+ 7"))
+    later = compiled({"main.c": PRELUDE + MAIN.replace("return x * 3", "return x * 5")}, str(pair.old))
+    for name in ("program", "library"):
+        (tmp_path / name).mkdir()
+    both = patch_for(pair.program, later, tmp_path / "program"), patch_for(pair.old, pair.new, tmp_path / "library")
+    with pair.running() as process:
+        for act, answer in (
+            (lambda: check(process.pid, both, timeout=PATIENCE), 1013),
+            (lambda: apply(process.pid, both, timeout=PATIENCE), 1017),
+            (lambda: revert(process.pid, timeout=PATIENCE), 1013),
+        ):
+            assert len(act().members) == 2
+            assert observed.steps[-1] is Step.DONE
+            assert process.ask(1) == [answer]
+        assert altered_code(process.pid) == []
 
 
 def test_a_live_function_is_left_to_python(built: Versions, running: Answering, observed: Observed) -> None:
