@@ -24,7 +24,7 @@ test: $(VENV)/.development ## run all tests, two at a time (ARGS='tests/unit -k 
 	@bash .ci/tools all
 	@$(RUN) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-test-real: $(VENV)/.development ## the long tests: Apache and OpenSSH in operation, tor and frr built twice from source, minutes each
+test-real: $(VENV)/.development ## the long tests: Apache and OpenSSH in operation, tor, frr and postgres built twice from source, minutes each
 	@bash .ci/tools real
 	@LIVEGRAFT_REAL=1 $(RUN) -m pytest -m long tests/real $(ARGS)
 
@@ -51,10 +51,7 @@ lint: $(VENV)/.development ## check style and types
 	@$(RUN) -m mypy
 	@$(RUN) -m mypy -p fixtures
 	@$(RUN) -m mypy -p bench
-	@$(RUN) -m mypy examples/memcached/client.py
-	@$(RUN) -m mypy examples/vsftpd/client.py
-	@$(RUN) -m mypy examples/redis/client.py
-	@$(RUN) -m mypy examples/apache2/client.py
+	@for file in examples/*/*.py; do $(RUN) -m mypy $$file || exit 1; done
 
 clean: ## remove what was set up, built and fetched
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info patcher/_batch.*.so

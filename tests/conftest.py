@@ -110,11 +110,11 @@ def livegraft() -> Livegraft:
     ``status=None`` asserts nothing. The command is a process of its own, as for a user.
     """
 
-    def run(*arguments: object, status: int | None = 0) -> Outcome:
+    def run(*arguments: object, status: int | None = 0, seconds: float = COMMAND_SECONDS) -> Outcome:
         command = [sys.executable, "-c", "import sys; from patcher.cli import main; sys.exit(main())"]
         done = subprocess.run(
             [*command, *map(str, arguments)],
-            capture_output=True, text=True, check=False, timeout=COMMAND_SECONDS, cwd=ROOT,
+            capture_output=True, text=True, check=False, timeout=seconds, cwd=ROOT,
         )  # fmt: skip
         outcome = Outcome(done.returncode, done.stdout, done.stderr)
         if status is not None:
