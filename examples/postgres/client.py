@@ -17,6 +17,7 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 SECONDS = 60.0
@@ -153,9 +154,8 @@ class Load:
             self._sessions.append(session)
         return session
 
-    def _guarded(self, number: int, body: object) -> None:
+    def _guarded(self, number: int, body: Callable[[random.Random], None]) -> None:
         try:
-            assert callable(body)
             body(random.Random(number))
         except (Failure, OSError, struct.error) as error:
             self.failures.append(str(error))
