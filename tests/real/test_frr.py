@@ -52,6 +52,14 @@ def test_zebra(example: Path, livegraft: Livegraft) -> None:
     assert said["patch"]["summary"]["functions"] == 1
 
 
+def test_ospfd(example: Path, livegraft: Livegraft) -> None:
+    shutil.copytree(example / "new", example / "older")
+    edit = [sys.executable, example / "older.py", example / "new" / "ospfd", example / "older" / "ospfd"]
+    subprocess.run(edit, check=True, timeout=SECONDS)
+    said = passed(example / "ospfd.toml", livegraft)
+    assert said["patch"]["summary"]["functions"] == 1
+
+
 class Routers:
     """Two routers of one build; ospfd of the first one is ``pid``."""
 
