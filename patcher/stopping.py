@@ -41,6 +41,7 @@ DEFAULT_TIMEOUT = 1.0
 """Seconds that a stop may take before it is given up. A loaded machine needs tens of milliseconds."""
 
 _RELEASE_TIMEOUT = 1.0
+_ADDRESSEES_TIMEOUT = 0.1
 _REGISTERS_SIZE = ctypes.sizeof(Registers)
 
 # An execve would replace everything that was computed about the process, so it has to be noticed.
@@ -327,9 +328,13 @@ class SeizedProcess:
 
         Raises LivegraftError for an unexpected answer of the kernel, after all threads have been tried.
         """
+        put_right = bool(self._threads)
         self._threads = self._last = ()
         failures: list[LivegraftError] = []
         try:
+            if not put_right:
+                self._await_addressees()
+                self._put_right(failures)
             # Those that are stopped do not wait for the ones that still run.
             self._detach_stopped(failures)
             if self._running:
@@ -364,8 +369,19 @@ class SeizedProcess:
             elif stops[tid].kind is not StopKind.GONE:
                 self._stops[tid] = stops[tid]
         self._running.clear()
+        self._put_right(failures)
+
+    def _await_addressees(self) -> None:
+        """Wait a little for those that are let go first: while they are traced, a signal that the program ignores ends
+        what others wait in (head of this file)."""
+        late = [tid for tid in self._first if tid in self._running and tracees.is_about_to_stop(tid)]
+        if late:
+            self._collect(tracees.wait_for(late, time.monotonic() + _ADDRESSEES_TIMEOUT))
+
+    def _put_right(self, failures: list[LivegraftError]) -> None:
+        """Repair the stopped threads, of which not all have been read: what they wait in must not end with EINTR."""
         try:
-            self._read_threads((Registers * len(self._stops))())  # for its repair of EINTR
+            self._read_threads((Registers * len(self._stops))())
         except ptrace.PtraceFailed as error:
             failures.append(error)
 

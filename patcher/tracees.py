@@ -262,11 +262,12 @@ def reap() -> None:
     For the end of a command: what stops later stands still until this process comes back to it, or ends.
     """
     end = time.monotonic() + _GOODBYE
-    while release_abandoned() and any(map(_is_about_to_stop, _abandoned)) and time.monotonic() < end:
+    while release_abandoned() and any(map(is_about_to_stop, _abandoned)) and time.monotonic() < end:
         time.sleep(_REST)
 
 
-def _is_about_to_stop(tid: int) -> bool:
+def is_about_to_stop(tid: int) -> bool:
+    """Whether a thread that was interrupted will stop as soon as it runs, or has ended."""
     try:
         return is_leaving(tid) or status(tid).state != _UNINTERRUPTIBLE
     except BadInput:

@@ -114,6 +114,24 @@ def test_an_error_in_the_pause_lets_everybody_go(torture: Torture) -> None:
     assert torture.complaints == []
 
 
+def test_nobody_notices_a_stop_that_was_given_up(torture: Torture) -> None:
+    """The threads that had stopped and had not been looked at are put right before they are let go, too."""
+    for _ in range(5):
+        failed: list[int] = []
+
+        def once(name: str, subject: int, failed: list[int] = failed) -> int:
+            if name != "GETREGS" or failed:
+                return 0
+            failed.append(subject)
+            return errno.EPERM
+
+        with seize(torture.pid) as process, seam.observe(once), pytest.raises(ptrace.PtraceFailed):
+            process.stop()
+        assert failed
+    torture.wait_for_progress()
+    assert torture.complaints == []
+
+
 def test_a_process_that_was_only_seized_is_let_go(torture: Torture) -> None:
     with seize(torture.pid) as process:
         assert process.tids == thread_ids(torture.pid)
