@@ -160,7 +160,12 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("package", "versions", "path", "codes"), REFUSED, ids=lambda value: Path(str(value)).name)
+def _named(value: str | tuple[str, ...] | set[str]) -> str:
+    """The same in every process: sets have no order, and tests that are shared out are known by their names."""
+    return Path(value).name if isinstance(value, str) else ",".join(sorted(value))
+
+
+@pytest.mark.parametrize(("package", "versions", "path", "codes"), REFUSED, ids=_named)
 def test_updates_that_are_refused_say_for_what(
     package: str, versions: tuple[str, str], path: str, codes: set[str], package_version: Fetch
 ) -> None:
