@@ -92,6 +92,8 @@ def settle(scene: Scene, program: Answering, command: Command, said: Said) -> No
     """What the command has said is so, and the next one finds its way."""
     assert_at_liberty(program.pid)
     if said.status == 7:
+        scene.succeed(program, ("apply", "3"))  # it finishes or undoes what was left
+        scene.assert_sound(program, 3)
         scene.assert_usable(program)
         return
     assert said.status == 0 or said.error["why"], said
