@@ -380,9 +380,11 @@ class SeizedProcess:
 
     def _put_right(self, failures: list[LivegraftError]) -> None:
         """Repair the stopped threads, of which not all have been read: what they wait in must not end with EINTR."""
+        if not self._stops:
+            return
         try:
             self._read_threads((Registers * len(self._stops))())
-        except ptrace.PtraceFailed as error:
+        except LivegraftError as error:  # they must be let go all the same
             failures.append(error)
 
 

@@ -208,12 +208,3 @@ def test_sessions_under_a_system_call_filter_change_what_they_announce(
         assert server.process.poll() is None
     with capsys.disabled():
         print(f"\n{HEAD}\n{row}")
-
-
-def test_the_fix_of_deny_file_and_the_filter_do_not_go_together_in_what_debian_ships(source_pair: SourcePair) -> None:
-    """That is why the filter has another pair: realpath(3) asks by faccessat2(2), for which the filter kills."""
-    old, new = source_pair(recipes.VSFTPD)
-    with run_vsftpd(old.stripped("vsftpd"), seccomp_sandbox="YES") as server:
-        assert server.store("allowed.txt").startswith("226")
-    with run_vsftpd(new.stripped("vsftpd"), seccomp_sandbox="YES") as server, pytest.raises(EOFError):
-        server.store("allowed.txt")
