@@ -91,29 +91,9 @@ def _json(outcome: Outcome, patches: Sequence[PatchObject]) -> dict[str, Any]:
 
 
 def _text(outcome: Outcome, patches: Sequence[PatchObject]) -> list[str]:
-    from .shared import (
-        builds_line,
-        functions_line,
-        head_line,
-        noted_lines,
-        patches_meant,
-        pause_line,
-        safe,
-        warning_lines,
-    )
+    from .shared import head_line, member_lines
 
     if outcome.already:
         return [head_line(outcome, "carries {} already; nothing was written")]
-    lines, pause = [head_line(outcome, "is patched: {}")], f"  pause      {pause_line(outcome)}"
-    lines += [pause] if outcome.further else []
-    for one in outcome.members:
-        contents = one.contents
-        lines += [
-            f"  build      {safe(builds_line(contents))}",
-            f"  functions  {functions_line(contents)}",
-            *([] if outcome.further else [pause]),
-            f"  mapped     {one.mapped_bytes // 1024} KiB",
-            *(f"  {line}" for line in (*noted_lines(contents), *warning_lines(patches_meant(one, patches)))),
-            *(f"  replaced   {item.short_id}" for item in one.others),
-        ]
+    lines = [head_line(outcome, "is patched: {}"), *member_lines(outcome, patches, "mapped", "replaced")]
     return [*lines, f"  undo with  livegraft revert --pid {outcome.pid} {outcome.contents.patch[:12]}"]

@@ -86,29 +86,8 @@ def _json(outcome: Outcome, patches: Sequence[PatchObject]) -> dict[str, Any]:
 
 
 def _text(outcome: Outcome, patches: Sequence[PatchObject]) -> list[str]:
-    from .shared import (
-        builds_line,
-        functions_line,
-        head_line,
-        noted_lines,
-        patches_meant,
-        pause_line,
-        safe,
-        warning_lines,
-    )
+    from .shared import head_line, member_lines
 
     if outcome.already:
         return [head_line(outcome, "carries {} already")]
-    lines, pause = [head_line(outcome, "can take {}")], f"  pause      {pause_line(outcome)}"
-    lines += [pause] if outcome.further else []
-    for one in outcome.members:
-        contents = one.contents
-        lines += [
-            f"  build      {safe(builds_line(contents))}",
-            f"  functions  {functions_line(contents)}",
-            *([] if outcome.further else [pause]),
-            f"  to map     {one.mapped_bytes // 1024} KiB",
-            *(f"  {line}" for line in (*noted_lines(contents), *warning_lines(patches_meant(one, patches)))),
-            *(f"  replaces   {item.short_id}" for item in one.others),
-        ]
-    return lines
+    return [head_line(outcome, "can take {}"), *member_lines(outcome, patches, "to map", "replaces")]

@@ -192,3 +192,21 @@ def ordinal(number: int) -> str:
 def safe(text: str) -> str:
     """Return ``text`` with control characters escaped: names come from the process that is looked at."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def member_lines(outcome: Outcome, patches: Sequence[PatchObject], mapped: str, replaced: str) -> list[str]:
+    """Return what there is to say of each patch of an outcome, and of its one pause; with the words for two lines."""
+    pause = [f"  pause      {pause_line(outcome)}"]
+    lines = pause if outcome.further else []
+    for one in outcome.members:
+        contents = one.contents
+        lines = [
+            *lines,
+            f"  build      {safe(builds_line(contents))}",
+            f"  functions  {functions_line(contents)}",
+            *([] if outcome.further else pause),
+            f"  {mapped:9}  {one.mapped_bytes // 1024} KiB",
+            *(f"  {line}" for line in (*noted_lines(contents), *warning_lines(patches_meant(one, patches)))),
+            *(f"  {replaced:9}  {item.short_id}" for item in one.others),
+        ]
+    return lines
