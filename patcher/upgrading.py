@@ -266,6 +266,7 @@ class Upgrade:
                 timeout=asked.timeout,
                 deep_check=asked.deep_check,
                 deep_limit=asked.deep_limit,
+                own_idle=asked.own_idle,
                 pin=pin,
             )
         except Interrupted:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from elfdiff.errors import BadInput, NothingToPatch, Refused
 
-from . import Report, add_deep_check, add_selection, add_timeout, selection_of
+from . import Report, add_deep_check, add_no_when_idle, add_selection, add_timeout, selection_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,6 +47,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     )
     add_timeout(parser)
     add_deep_check(parser)
+    add_no_when_idle(parser)
 
 
 def run(arguments: argparse.Namespace) -> Report:
@@ -58,7 +59,9 @@ def run(arguments: argparse.Namespace) -> Report:
     from ..upgrading import Upgrade
 
     selection = _selection(arguments)
-    conditions = Conditions(arguments.timeout, arguments.deep_check, arguments.deep_limit)
+    conditions = Conditions(
+        arguments.timeout, arguments.deep_check, arguments.deep_limit, own_idle=arguments.own_idle
+    )
     everybody = selection.by is By.ALL
     with PatchCache(default_folder()) as cache:
         upgrade = Upgrade(

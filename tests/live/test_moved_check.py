@@ -28,6 +28,8 @@ from patcher.inspection import inspect_process
 from patcher.record import State
 from patcher.transaction import apply, check, revert, watch_apply, watch_revert
 from tests.compile import Compiler
+from tests.conftest import Livegraft
+from tests.live.replacing import one, put
 
 pytestmark = pytest.mark.root
 
@@ -217,6 +219,29 @@ def test_revert_waits_for_the_same(build: Build, make: Make) -> None:
         revert(server.pid, timeout=PATIENCE)
         assert server.tally() == (1, 0, 0)
         assert altered_code(server.pid) == []
+
+
+@pytest.mark.parametrize("set_aside", [False, True], ids=["waits", "--no-when-idle"])
+def test_an_upgrade_waits_for_who_is_between_the_calls(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, livegraft: Livegraft, set_aside: bool
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    installed = tmp_path / "logins"
+    put(build(LATE), installed)
+    with Server(installed) as server:
+        client = server.park("mallory")
+        put(build(EARLY), installed)
+        words = ("upgrade", "--pid", server.pid, "--json", "--timeout", 0)
+        file = one(livegraft(*words, status=5).json)
+        assert "--no-when-idle" in file["error"]["next"] and altered_code(server.pid) == []
+        if set_aside:
+            assert one(livegraft(*words, "--no-when-idle").json)["result"] == "patched"
+        server.release()
+        assert client.answer() == ("welcome" if set_aside else "refused")
+        if not set_aside:
+            assert one(livegraft(*words[:-1], PATIENCE).json)["result"] == "patched"
+        refuses(server)
+        assert server.tally()[1] == set_aside
 
 
 def test_who_waits_before_the_calls_is_in_nobodys_way(build: Build, make: Make) -> None:
