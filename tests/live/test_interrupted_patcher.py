@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from elfdiff.errors import Interrupted
+from fixtures.tracees import wait_until
 from patcher import interruption, seam, transaction
 from tests.live.answering import versions
 from tests.live.faults import BUSY, COMMANDS, EXTENT, Command, Patcher, Said, Scene, assert_at_liberty, at, run, sample
@@ -165,7 +166,12 @@ def test_a_signal_in_the_pause_that_another_thread_takes(scene: Scene) -> None:
     """What numpy's threads did: the main thread blocks the signal, and its handler ran in it all the same."""
 
     def terminate() -> None:
-        signal.pthread_kill(threading.enumerate()[1].ident, signal.SIGTERM)  # type: ignore[arg-type]
+        other = threading.enumerate()[1]
+        assert other.ident is not None
+        signal.pthread_kill(other.ident, signal.SIGTERM)
+        # It takes it when it gets a processor, and by then the command could be over.
+        taken = Path(f"/proc/self/task/{other.native_id}/status")
+        wait_until(lambda: "SigPnd:\t0000000000000000" in taken.read_text(), "the signal to be taken")
 
     with scene.start() as program:
         said = run(scene.words(("apply", "2"), program.pid), in_the_pause(terminate), another_thread)

@@ -33,6 +33,7 @@ def unpacked(package: Unpacked, folder: Path) -> None:
     shutil.copytree(package.root, folder, symlinks=True)
 
 
+@pytest.mark.long
 def test_a_published_module(package_version: Version, livegraft: Livegraft) -> None:
     """Of 15.18 -> 15.20; all processes have it, since the postmaster loads it."""
     with copied("postgres") as example:

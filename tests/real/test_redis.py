@@ -33,7 +33,6 @@ from tests.real.rows import HEAD, Row
 
 pytestmark = [pytest.mark.apt, pytest.mark.root, pytest.mark.slow]
 
-ROUNDS = 20
 COMMANDS = 5  # each fifth round by the command line, the others by the library: to start a process takes longest
 KEYS = 500
 PROGRAM = "usr/bin/redis-check-rdb"
@@ -180,7 +179,9 @@ def test_the_patch_holds_what_the_security_update_fixes(
     assert len(functions) < 60, "a security update of six functions"
 
 
-def test_twenty_rounds_under_load_with_a_replica(
+@pytest.mark.parametrize("rounds", [5, pytest.param(20, marks=pytest.mark.long)])
+def test_rounds_under_load_with_a_replica(
+    rounds: int,
     patch: Path,
     builds: tuple[RedisBuild, RedisBuild],
     livegraft: Livegraft,
@@ -193,7 +194,7 @@ def test_twenty_rounds_under_load_with_a_replica(
     pid = site.master.pid
     fix = read_patch(patch)
     assert altered_code(pid) == []
-    for number in range(ROUNDS):
+    for number in range(rounds):
         site.load.more(500)
         before = site.load.mark()
         if number % COMMANDS:
@@ -396,7 +397,7 @@ def test_the_bug_of_restore_is_there_before_and_after_and_not_in_between(
 def show(pauses: list[int], longest: list[int], report: Report) -> None:
     """For the reader of the log; nothing is asserted about time."""
     middle = sorted(pauses)[len(pauses) // 2]
-    print(f"\nredis: {ROUNDS} rounds, {report.served} requests verified, {report.failed} failed")
+    print(f"\nredis: {len(pauses)} rounds, {report.served} requests verified, {report.failed} failed")
     print(f"pause by the tool: median {middle} us, longest {max(pauses)} us")
     middle = sorted(longest)[len(longest) // 2]
     print(f"longest request around an apply: median {middle} us, longest {max(longest)} us")
