@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -25,6 +26,7 @@ REMOTE = {
     3: ("EIO", "EINTR", "EBADF"),  # close
     319: ("EMFILE", "ENFILE", "ENOSYS", "EPERM", "EINVAL", "ENOMEM"),  # memfd_create
 }
+_NUMBER = re.compile(r"0x[0-9a-f]+|\b\d+\b|\b[0-9a-f]{12,}\b")
 ERRORS = {
     "SEIZE": ("ESRCH", "EPERM", "EIO"),
     "INTERRUPT": ("ESRCH", "EIO"),
@@ -85,7 +87,8 @@ def fail(scene: Scene, command: Command, number: int, error: str, ever_after: bo
         scene.succeed(program, *command.prepare)
         said = run(scene.words(command.words, program.pid, timeout=5), observer)
         settle(scene, program, command, said)
-    return f"{said.stderr.strip()}: {said.summary}"
+    operation = said.stderr.strip().partition("\n")[0].rpartition(" ")[0]  # without the error, for counting
+    return f"{operation or 'none'}: {_NUMBER.sub('N', said.summary)}"
 
 
 def settle(scene: Scene, program: Answering, command: Command, said: Said) -> None:

@@ -5,6 +5,7 @@ CVE-2026-35414: a certificate for one user called "nobody,visitor" is taken for 
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
@@ -29,6 +30,7 @@ from fixtures.tracees import wait_until
 from patcher.selection import By, Selection, select_processes
 from tests.conftest import Livegraft
 from tests.real.archive import PAIRS, Pair
+from tests.real.examples import copied, passed
 from tests.real.rows import HEAD, Row
 
 pytestmark = [pytest.mark.apt, pytest.mark.root, pytest.mark.long]
@@ -214,6 +216,24 @@ def test_sessions_and_logins_while_a_fix_comes_and_goes(
     )  # fmt: skip
     with capsys.disabled():
         print(f"\n{HEAD}\n{row}")
+
+
+def test_the_rehearsal(
+    source_pair: SourcePair,
+    clients: Unpacked,
+    cache_folder: Path,
+    livegraft: Livegraft,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    programs = clients.file("usr/bin/ssh").parent
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("LD_LIBRARY_PATH", library_path(programs / "ssh", clients, cache_folder / "packages"))
+    with copied("openssh") as example:
+        for label, build in zip(("old", "new"), source_pair(recipes.OPENSSH), strict=True):
+            (example / label).mkdir()
+            shutil.copy(build.stripped("sshd"), example / label / "sshd")
+        said = passed(example / "rehearsal.toml", livegraft)
+    assert said["pause_us"]["apply"]["processes"]["fewest"] >= 3, "the listener and both processes of the open session"
 
 
 def test_a_new_connection_runs_what_lies_on_disk(
