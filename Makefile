@@ -10,6 +10,9 @@ SEED ?= 1
 VENV := .venv
 RUN := $(VENV)/bin/python
 
+# Tests start a thousand commands, and without it each of them compiles the whole of the project anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo test test-real soak fuzz matrix bench lint clean
 .DEFAULT_GOAL := help
 
