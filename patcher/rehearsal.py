@@ -17,7 +17,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 from elfdiff.diff import Options, diff
-from elfdiff.errors import EXIT_NAMES, Interrupted, LivegraftError
+from elfdiff.errors import EXIT_NAMES, Interrupted, LivegraftError, NothingToPatch
 from elfdiff.patchfile import write_patch
 from elfdiff.patchobject import PatchObject
 
@@ -26,7 +26,7 @@ from .interruption import deferred, heed
 from .readiness import ended_early, free_port, wait_until_ready
 from .rehearsalfile import Probe, Ready, Rehearsal, Service
 from .rehearsalkeys import filled
-from .rehearsalpatching import Patched, apply_patch, revert_patch
+from .rehearsalpatching import Patched, apply_patches, revert_patches
 from .rehearsalprobes import require_expected, run_command, talk
 
 _DYING_SECONDS = 0.5
@@ -75,10 +75,10 @@ class Pauses:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a rehearsal. ``cycles`` counts the whole ones; ``patch`` is None where there was none to be had."""
+    """What came of a rehearsal. ``cycles`` counts the whole ones; ``patches`` are those that could be made."""
 
     asked: Rehearsal
-    patch: PatchObject | None
+    patches: tuple[PatchObject, ...]
     steps: tuple[Step, ...]
     cycles: int
     figures: Figures
@@ -126,7 +126,7 @@ def rehearse(asked: Rehearsal) -> Outcome:
                 why="a signal asked to end; all that the rehearsal had started was ended",
                 next_step="run the command again",
             ) from error
-        return Outcome(asked, run.patch, tuple(run.steps), run.cycles, run.figures, time.monotonic() - began)
+        return Outcome(asked, tuple(run.patches), tuple(run.steps), run.cycles, run.figures, time.monotonic() - began)
 
 
 class _Run:
@@ -140,7 +140,7 @@ class _Run:
         self._daemon: Child | None = None
         self._load: Child | None = None
         self._port = 0
-        self.patch: PatchObject | None = None
+        self.patches: list[PatchObject] = []
         self.steps: list[Step] = []
         self.cycles = 0
         self.figures = Figures()
@@ -212,9 +212,18 @@ class _Run:
     # What is done
 
     def _diff(self) -> None:
-        asked = self._asked
-        patch = diff(asked.old, asked.new, Options(lines=asked.lines, allow=asked.allow))
-        self.patch = write_patch(patch, self._scratch / "patch")
+        """A pair that differs in nothing is no part of the set, unless none does."""
+        options = Options(lines=self._asked.lines, allow=self._asked.allow)
+        nothing: list[NothingToPatch] = []
+        for number, pair in enumerate(self._asked.pairs):
+            try:
+                patch = diff(pair.old, pair.new, options)
+            except NothingToPatch as error:
+                nothing.append(error)
+            else:
+                self.patches.append(write_patch(patch, self._scratch / f"patch{number}"))
+        if not self.patches:
+            raise nothing[0]
 
     def _start(self) -> None:
         service = self._asked.start
@@ -241,7 +250,7 @@ class _Run:
     def _places(self) -> Mapping[str, str]:
         """What the placeholders of commands stand for."""
         asked = self._asked
-        module = str(asked.old) if asked.old != asked.program else ""
+        module = str(asked.module or "")
         pid = str(self._daemon.pid) if self._daemon else ""
         return {
             "old": str(asked.program), "module": module, "port": str(self._port), "folder": str(self._scratch),
@@ -253,12 +262,12 @@ class _Run:
         return replace(ready, port=filled(ready.port, self._places()), file=file)
 
     def _apply(self) -> tuple[Patched, ...]:
-        assert self.patch is not None and self._daemon is not None
-        return apply_patch(self._daemon.pid, self.patch, self._asked, self._idle_seconds)
+        assert self._daemon is not None
+        return apply_patches(self._daemon.pid, self.patches, self._asked, self._idle_seconds)
 
     def _revert(self) -> tuple[Patched, ...]:
-        assert self.patch is not None and self._daemon is not None
-        return revert_patch(self._daemon.pid, self.patch, self._asked, self._idle_seconds)
+        assert self._daemon is not None
+        return revert_patches(self._daemon.pid, self.patches, self._asked, self._idle_seconds)
 
     def _idle_seconds(self) -> float:
         return max(0.0, self._until(self._asked.idle_timeout) - time.monotonic())

@@ -87,8 +87,18 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class Pair:
+    """Two builds, old and new, of the program or of a library: files."""
+
+    old: Path
+    new: Path
+
+
+@dataclass(frozen=True)
 class Rehearsal:
-    """What is asked of a rehearsal. ``program`` is started, ``old`` and ``new`` are compared; all are files.
+    """What is asked of a rehearsal. ``program`` is started; ``pairs`` are compared, and patched together.
+
+    ``module`` is the old build of the first library that is patched, None where none is.
 
     ``tree``: all that descends from the process that is started is patched, too.
     ``hold``, ``idle_timeout`` (for functions to become idle) and ``timeout`` are seconds. Commands run in the folder
@@ -97,8 +107,8 @@ class Rehearsal:
 
     file: Path
     program: Path
-    old: Path
-    new: Path
+    pairs: tuple[Pair, ...]
+    module: Path | None
     start: Service
     load: Service | None
     reports: tuple[re.Pattern[str], ...]
@@ -112,6 +122,11 @@ class Rehearsal:
     when_idle: tuple[str, ...]
     tree: bool
     idle_timeout: float
+
+    @property
+    def name(self) -> str:
+        """What is patched: the library where it is one alone, else the program."""
+        return self.pairs[0].old.name if len(self.pairs) == 1 else self.program.name
 
     @property
     def folder(self) -> Path:
@@ -149,15 +164,15 @@ def _parse(path: Path) -> dict[str, object]:
 
 
 def _rehearsal(top: Keys, file: Path) -> Rehearsal:
-    program, old, new = _builds(top, file.parent)
+    program, pairs, module = _builds(top, file.parent)
     patch = _patch(top)
     start = _start(top)
     load, reports = _load(top)
     result = Rehearsal(
         file=file,
         program=program,
-        old=old,
-        new=new,
+        pairs=pairs,
+        module=module,
         start=start,
         load=load,
         reports=reports,
@@ -176,24 +191,34 @@ def _rehearsal(top: Keys, file: Path) -> Rehearsal:
     return result
 
 
-def _builds(top: Keys, folder: Path) -> tuple[Path, Path, Path]:
-    """The program to start, and the pair of builds."""
+def _builds(top: Keys, folder: Path) -> tuple[Path, tuple[Pair, ...], Path | None]:
+    """The program to start, the pairs of builds, and the old build of the first library among them."""
     keys = top.table("build", required=True)
     if keys is None:
-        return folder, folder, folder
-    program = old = keys.file("old", folder, "the build that is started")
-    new = folder
-    module = keys.table("module")
-    if module is not None:
-        old = module.file("old", folder, "the build of the library that is loaded")
-        new = module.file("new", folder, "the build that the library is to become")
-        module.done()
-        if keys.has("new"):
-            keys.wrong("new", "build.module is given, too", "one of them: the program stays as it is")
-    elif not keys.has("module"):
-        new = keys.file("new", folder, "the build that it is to become")
+        return folder, (), None
+    program = keys.file("old", folder, "the build that is started")
+    libraries = [_library(item, folder) for item in _library_tables(keys)]
+    pairs = list(libraries)
+    if keys.has("new") or not (keys.has("module") or keys.has("modules")):
+        pairs.insert(0, Pair(program, keys.file("new", folder, "the build that it is to become")))
     keys.done()
-    return program, old, new
+    return program, tuple(pairs), libraries[0].old if libraries else None
+
+
+def _library_tables(keys: Keys) -> list[Keys]:
+    if not keys.has("modules"):
+        module = keys.table("module")
+        return [] if module is None else [module]
+    if keys.has("module"):
+        keys.wrong("modules", "build.module is given, too", "one of them: modules has a table for each library")
+    return keys.tables("modules")
+
+
+def _library(keys: Keys, folder: Path) -> Pair:
+    old = keys.file("old", folder, "the build of the library that is loaded")
+    new = keys.file("new", folder, "the build that the library is to become")
+    keys.done()
+    return Pair(old, new)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +32,17 @@ class Patched:
     pause_us: float | None
 
 
-def apply_patch(pid: int, patch: PatchObject, asked: Rehearsal, seconds: Seconds) -> tuple[Patched, ...]:
-    """Put the patch in force in the daemon, process ``pid``. Raises LivegraftError; it is in force nowhere then."""
+def apply_patches(
+    pid: int, patches: Sequence[PatchObject], asked: Rehearsal, seconds: Seconds
+) -> tuple[Patched, ...]:
+    """Put the patches in force in the daemon, process ``pid``, as a set.
+
+    Raises LivegraftError; they are in force nowhere then.
+    """
 
     def act(pid: int, pin: Pin | None = None) -> transaction.Outcome:
         return transaction.apply(
-            pid, patch, timeout=seconds(), keep_live=asked.keep_live, when_idle=asked.when_idle, pin=pin
+            pid, patches, timeout=seconds(), keep_live=asked.keep_live, when_idle=asked.when_idle, pin=pin
         )
 
     if asked.tree:
@@ -49,13 +54,14 @@ def apply_patch(pid: int, patch: PatchObject, asked: Rehearsal, seconds: Seconds
         raise
 
 
-def revert_patch(pid: int, patch: PatchObject, asked: Rehearsal, seconds: Seconds) -> tuple[Patched, ...]:
-    """Take the patch out of force. Raises LivegraftError; it is in force as before then."""
+def revert_patches(
+    pid: int, patches: Sequence[PatchObject], asked: Rehearsal, seconds: Seconds
+) -> tuple[Patched, ...]:
+    """Take the patches out of force. Raises LivegraftError; they are in force as before then."""
+    one = patches[0].id  # which takes all of its set with it
     if asked.tree:
-        return _in_all(
-            pid, seconds, lambda pin: transaction.revert(pin.pid, patch.id, timeout=seconds(), pin=pin)
-        )
-    return (_patched(transaction.revert(pid, patch.id, timeout=seconds())),)
+        return _in_all(pid, seconds, lambda pin: transaction.revert(pin.pid, one, timeout=seconds(), pin=pin))
+    return (_patched(transaction.revert(pid, one, timeout=seconds())),)
 
 
 def _patched(outcome: transaction.Outcome) -> Patched:

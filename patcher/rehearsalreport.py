@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 from elfdiff.diff import summary
 from elfdiff.errors import LivegraftError
+from elfdiff.patchobject import PatchObject
 
 from .commands import plural
 from .commands.shared import error_json, error_lines
@@ -28,11 +29,12 @@ _LABEL = 10
 
 def text(outcome: Outcome) -> list[str]:
     """Return lines for people."""
-    asked, patch = outcome.asked, outcome.patch
-    lines = [f"{asked.old.name}: {outcome.verdict}, {outcome.cycles} of {plural(asked.cycles, 'cycle')}"]
-    if patch is not None:
+    asked = outcome.asked
+    lines = [f"{asked.name}: {outcome.verdict}, {outcome.cycles} of {plural(asked.cycles, 'cycle')}"]
+    for patch in outcome.patches:
+        of = f" ({patch.old.name})" if len(asked.pairs) > 1 else ""
         lines += [
-            f"  {'build':{_LABEL}} {patch.old.build_id[:12]} -> {patch.new.build_id[:12]}",
+            f"  {'build':{_LABEL}} {patch.old.build_id[:12]} -> {patch.new.build_id[:12]}{of}",
             f"  {'functions':{_LABEL}} {functions_line(summary(patch))}",
             *(f"  {'warning':{_LABEL}} {finding.code}: {finding.what}" for finding in patch.findings),
         ]
@@ -82,11 +84,12 @@ def _failure_lines(step: Step, error: LivegraftError) -> list[str]:
 
 def json(outcome: Outcome) -> dict[str, Any]:
     """Return it as JSON; ``error`` is there only where it failed, as every verb has it."""
-    asked, patch = outcome.asked, outcome.patch
+    asked, patches = outcome.asked, [_patch_json(patch) for patch in outcome.patches]
     body: dict[str, Any] = {
         "file": str(asked.file),
         "verdict": outcome.verdict,
-        "patch": None if patch is None else _patch_json(outcome),
+        "patch": patches[0] if patches else None,
+        "patches": patches,
         "cycles": {"asked": asked.cycles, "made": outcome.cycles},
         "pause_us": {name: _pauses_json(outcome.pauses(name)) for name in ("apply", "revert")},
         "load": None if asked.load is None else asdict(outcome.figures),
@@ -98,9 +101,7 @@ def json(outcome: Outcome) -> dict[str, Any]:
     return body
 
 
-def _patch_json(outcome: Outcome) -> dict[str, Any]:
-    patch = outcome.patch
-    assert patch is not None
+def _patch_json(patch: PatchObject) -> dict[str, Any]:
     return {
         "id": patch.id,
         "old": asdict(patch.old),
@@ -140,7 +141,7 @@ def _process_json(item: Patched) -> dict[str, Any]:
 def junit(outcome: Outcome) -> bytes:
     """Return it as JUnit XML, a test case for each step."""
     properties = _properties(outcome)
-    return _document(f"livegraft rehearse {outcome.asked.old.name}", outcome.steps, outcome.seconds, properties)
+    return _document(f"livegraft rehearse {outcome.asked.name}", outcome.steps, outcome.seconds, properties)
 
 
 def junit_of_bad_file(name: str, error: LivegraftError) -> bytes:

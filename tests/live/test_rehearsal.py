@@ -248,7 +248,8 @@ def test_a_finding_is_lifted(write: Write) -> None:
     """The patch is made. It is not safe, so it is not asked what comes of it: the daemon does not start."""
     lifts = '[patch]\nallow = ["struct-layout"]\n'
     outcome = rehearse(read_rehearsal(write(START.replace('"0"', '"x"'), VERSION, lifts, old=3, new=4)))
-    assert outcome.patch is not None and [item.lifted for item in outcome.patch.findings] == [True]
+    (patch,) = outcome.patches
+    assert [item.lifted for item in patch.findings] == [True]
     assert [step.name for step in outcome.steps] == ["diff", "start"]
 
 
@@ -295,6 +296,7 @@ def test_a_wrong_file_is_reported_too(tmp_path: Path, livegraft: Livegraft) -> N
 SERVER = """
 #include <arpa/inet.h>
 #include <sys/socket.h>
+SEPARATE int say(int client, long n) { return dprintf(client, "FORM\\n", answer(n)); }
 int main(void) {
     struct sockaddr_in at = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
     socklen_t size = sizeof at;
@@ -305,23 +307,37 @@ int main(void) {
     for (;;) {
         int client = accept(listener, NULL, NULL);
         if (client < 0) return 2;
-        dprintf(client, "%ld\\n", answer(4));
+        say(client, 4);
         close(client);
     }
 }
 """
+FORMS = ("%ld", "it is %ld")
+LIBRARIES = {
+    "a library": ("module = {pair}", "43"),
+    "a set": ("new = '{program}'\nmodules = [{pair}]", "it is 43"),
+    "a set of which one is the same": ("new = '{program}'\nmodules = [{same}]", "it is 42"),
+}
 
 
-def test_a_library_is_rehearsed(cache_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", LIBRARIES)
+def test_libraries_are_rehearsed(case: str, cache_folder: Path, tmp_path: Path) -> None:
+    build, after = LIBRARIES[case]
     texts = (f"SEPARATE long answer(long n) {{ return n * 10 + {number}; }}" for number in (2, 3))
-    pair = library_pair(Compiler(cache_folder / "compiled"), *texts, main=SERVER)
+    compiled, (before, behind) = Compiler(cache_folder / "compiled"), texts
+    pair, other = (library_pair(compiled, before, behind, main=SERVER.replace("FORM", form)) for form in FORMS)
+    words = {
+        "pair": f"{{ old = '{pair.old}', new = '{pair.new}' }}",
+        "same": f"{{ old = '{pair.old}', new = '{pair.old}' }}",
+        "program": other.program,
+    }
     path = tmp_path / "rehearsal.toml"
     path.write_text(f"""
 cycles = 2
 hold = 0
 [build]
 old = "{pair.program}"
-module = {{ old = "{pair.old}", new = "{pair.new}" }}
+{build.format(**words)}
 [start]
 command = ["{{old}}"]
 environment = {{ LD_LIBRARY_PATH = "{pair.old.parent}" }}
@@ -330,10 +346,12 @@ ready = {{ line = 'ready (?P<port>\\d+)' }}
 name = "answer"
 send = ""
 before = "42"
-after = "43"
+after = "{after}"
 """)
     outcome = rehearse(read_rehearsal(path))
     assert outcome.exit_code == 0, text(outcome)
+    said = "\n".join(text(outcome))
+    assert ("(libanswer.so)" in said) == (case == "a set") and len(outcome.patches) == 1 + (case == "a set")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -7,13 +7,18 @@ from pathlib import Path
 import pytest
 
 from elfdiff.errors import BadInput
-from patcher.rehearsalfile import Ready, Rehearsal, read_rehearsal
+from patcher.rehearsalfile import Pair, Ready, Rehearsal, read_rehearsal
 from tests.conftest import ROOT
 
 BUILD = '[build]\nold = "old"\nnew = "new"\n'
 START = '[start]\ncommand = ["{old}", "{port}"]\nready = { port = "{port}" }\n'
 PROBE = '[[probe]]\nname = "one"\nsend = "hello"\nbefore = "1"\nafter = "2"\n'
 LOAD = '[load]\ncommand = ["client"]\n'
+LIBRARY = '{ old = "libx.so", new = "libx-new.so" }'
+
+
+def library_pair(folder: Path) -> Pair:
+    return Pair(folder / "libx.so", folder / "libx-new.so")
 
 
 @pytest.fixture
@@ -40,7 +45,8 @@ def problems(folder: Path, *parts: str) -> list[str]:
 
 def test_the_shortest_file_and_what_it_leaves_unsaid(folder: Path) -> None:
     asked = read(folder, BUILD, START, PROBE)
-    assert (asked.program, asked.old, asked.new) == (folder / "old", folder / "old", folder / "new")
+    assert (asked.program, asked.pairs) == (folder / "old", (Pair(folder / "old", folder / "new"),))
+    assert asked.module is None and asked.name == "old"
     assert (asked.cycles, asked.hold, asked.timeout, asked.idle_timeout) == (10, 0.5, 600.0, 10.0)
     assert not asked.tree and read(folder, BUILD, START, PROBE, "[patch]\nprocesses = 'tree'\n").tree
     assert asked.load is None and not asked.allow and not asked.lines and not asked.keep_live and not asked.when_idle
@@ -62,9 +68,19 @@ def test_the_files_that_are_shown_are_right(page: str, folder: Path) -> None:
 
 def test_a_library_is_patched_and_the_program_started(folder: Path) -> None:
     asked = read(
-        folder, '[build]\nold = "old"\nmodule = { old = "libx.so", new = "libx-new.so" }\n', START, PROBE
+        folder, f'[build]\nold = "old"\nmodule = {LIBRARY}\n', START, PROBE
     )
-    assert (asked.program, asked.old, asked.new) == (folder / "old", folder / "libx.so", folder / "libx-new.so")
+    assert (asked.program, asked.pairs) == (folder / "old", (library_pair(folder),))
+    assert asked.module == folder / "libx.so" and asked.name == "libx.so"
+
+
+@pytest.mark.parametrize("new", ['new = "new"', ""], ids=["program and libraries", "libraries"])
+def test_a_set_is_patched(new: str, folder: Path) -> None:
+    modules = f"modules = [{', '.join([LIBRARY] * 2)}]"
+    asked = read(folder, f'[build]\nold = "old"\n{new}\n{modules}\n', START, PROBE)
+    program = (Pair(folder / "old", folder / "new"),) if new else ()
+    assert asked.pairs == (*program, library_pair(folder), library_pair(folder))
+    assert asked.module == folder / "libx.so" and asked.name == "old"
 
 
 def test_a_line_may_say_the_port(folder: Path) -> None:
@@ -119,7 +135,9 @@ BUILDS = {
     '[build]\nold = "\\u0000"\nnew = "new"': "build.old: '\\x00'; expected ",
     '[build]\nold = "old"\nmodule = 1': "build.module: 1 is no table; expected a table [build.module]",
     '[build]\nold = "old"\nmodule = { old = "libx.so" }': "build.module.new: missing; expected ",
-    '[build]\nold = "old"\nnew = "new"\nmodule = { old = "libx.so", new = "libx-new.so" }': "build.new: build.module ",
+    '[build]\nold = "old"\nmodules = []': "build.modules: missing; expected one or more tables [[build.modules]]",
+    '[build]\nold = "old"\nmodules = [{ old = "libx.so" }]': "build.modules[1].new: missing; expected the build that ",
+    f'[build]\nold = "old"\nmodule = {LIBRARY}\nmodules = [{LIBRARY}]': "build.modules: build.module is given, too; ",
     '[build]\nold = "old"\nnew = "new"\nnewer = ""': "build.newer: unknown key; expected new, perhaps, ",
 }
 
