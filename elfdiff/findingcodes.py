@@ -22,7 +22,7 @@ CODES: dict[str, tuple[bool, str]] = {
     "label-table": (True, "a changed function has a table of code labels"),
     "moved-code": (True, "something moves between functions that are called in turn"),
     "neighbour-address": (False, "a variable is bound by its neighbours alone"),
-    "new-import": (False, "the new code needs a symbol that the old build does not import"),
+    "new-import": (True, "the new code needs a symbol that the old build does not import"),
     "new-library": (False, "the new build needs a library that the old one does not"),
     "new-variable": (False, "a variable is new and lives in the patch"),
     "no-unwind": (False, "changed code has no unwind information"),
@@ -36,4 +36,7 @@ CODES: dict[str, tuple[bool, str]] = {
 }
 """Code -> (``--allow`` may lift it, what it says). Liftable is what a maintainer can know better than the files."""
 MOVED_CODE = "moved-code"
+NEW_IMPORT = "new-import"
+ASKING = frozenset({MOVED_CODE, NEW_IMPORT})
+"""Warnings that ask for something at apply, which ``--allow`` leaves out."""
 LIFTABLE = tuple(sorted(code for code, (liftable, _) in CODES.items() if liftable))

@@ -55,7 +55,8 @@ class Finding:
     """A reason to refuse or to warn: what, where, why, and what would lift it.
 
     ``code`` is stable (``struct-layout``, see ``findingcodes``); ``where`` are function names or addresses, with the
-    source line where debug information gives it. ``lifted``: it would have refused, and --allow was given.
+    source line where debug information gives it. ``lifted``: it would have refused, or asked for something at apply,
+    and --allow was given.
     """
 
     code: str

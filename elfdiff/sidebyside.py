@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 
 from elfdiff.closure import neighbours, together
 from elfdiff.code import LEA, TRANSFERS, FieldKind
-from elfdiff.findingcodes import MOVED_CODE
+from elfdiff.findingcodes import MOVED_CODE, NEW_IMPORT
 from elfdiff.image import Kind
 from elfdiff.patchbuild import Draft
 from elfdiff.patchobject import ENTRY_JUMP_SIZE, OLD_IMAGE, PATCH_IMAGE, Finding, OldCode
 from elfdiff.variables import object_at
 
-HARMLESS_WHEN_LIFTED = frozenset({"constructors", "exported-symbol", MOVED_CODE})
+HARMLESS_WHEN_LIFTED = frozenset({"constructors", "exported-symbol", MOVED_CODE, NEW_IMPORT})
 """Findings that say nothing of what old and new code share while they run."""
 _SEPARATE_C = re.compile(r"GNU C\d* (?!.*-flto)")
 """DW_AT_producer of code that gcc compiled from C, unit by unit; with -flto it is ``GNU GIMPLE``. In C++ a body may be

@@ -14,6 +14,7 @@ from elfdiff.errors import BadInput, Busy, LivegraftError, NotPermitted, Refused
 
 from .surroundings import SYS_PTRACE, YAMA, Credentials, Freezer, Limits
 
+_SHOWN = 5
 _OUT_OF_CONTAINER = (
     "run as root outside of the container, or give the container CAP_SYS_PTRACE (docker run --cap-add SYS_PTRACE)"
 )
@@ -170,6 +171,35 @@ def filter_stays(name: str, tid: int, answer: str) -> Obstacle:
         f"{answer}; it needs CAP_SYS_ADMIN in the first user namespace, a kernel with CONFIG_CHECKPOINT_RESTORE, and a "
         "tracer that is under no filter itself",
         "run as root outside of any sandbox or container",
+    )
+
+
+def filter_may_kill(pid: int, name: str, how: str, imports: tuple[str, ...]) -> Obstacle:
+    """New code calls ``imports``, which the old build does not import, and seccomp(2) may kill for it.
+
+    ``how`` says what may become of which thread: "the filter of thread 7 may answer by SECCOMP_RET_TRAP".
+    """
+    shown = ", ".join(imports[:_SHOWN]) + (f" and {len(imports) - _SHOWN} more" if len(imports) > _SHOWN else "")
+    return Obstacle(
+        Refused,
+        f"the system-call filter of process {pid} ({name}) may kill it for what the new code calls",
+        f"the patch imports {shown}, which the old build does not, and {how}; a process keeps the filter of the build "
+        "that has set it up",
+        "if it lets through what these functions do: livegraft diff OLD NEW -o PATCH --allow new-import; "
+        "else restart the program",
+        imports if len(imports) > _SHOWN else (),
+    )
+
+
+def filter_unreadable(pid: int, name: str, tid: int, answer: str) -> Obstacle:
+    """New code imports what the old build does not, and the kernel does not show us the filter of a thread."""
+    return Obstacle(
+        NotPermitted,
+        f"the system-call filter of process {pid} ({name}) cannot be read, and may kill it for what the new code calls",
+        f"PTRACE_SECCOMP_GET_FILTER of thread {tid}: {answer}; it needs CAP_SYS_ADMIN in the first user namespace, a "
+        "kernel with CONFIG_CHECKPOINT_RESTORE, and a tracer that is under no filter itself",
+        "run as root outside of any sandbox or container; or, if the filter lets through what the new imports call: "
+        "livegraft diff OLD NEW -o PATCH --allow new-import",
     )
 
 

@@ -37,6 +37,7 @@ class Request(IntEnum):
     GETEVENTMSG = binding.PTRACE_GETEVENTMSG
     SEIZE = 0x4206
     INTERRUPT = 0x4207
+    SECCOMP_GET_FILTER = 0x420C
     GET_RSEQ_CONFIGURATION = 0x420F
 
 
@@ -177,3 +178,24 @@ def rseq_configuration(tid: int) -> RseqConfiguration:
     if _ptrace(Request.GET_RSEQ_CONFIGURATION, tid, size, ctypes.addressof(raw)) == -1:
         raise PtraceFailed(Request.GET_RSEQ_CONFIGURATION, tid, ctypes.get_errno())
     return RseqConfiguration(raw.address, raw.size)
+
+
+_MOST_INSTRUCTIONS, _INSTRUCTION_SIZE = 4096, 8  # BPF_MAXINSNS, struct sock_filter, linux/filter.h
+FilterBuffer = ctypes.c_char * (_MOST_INSTRUCTIONS * _INSTRUCTION_SIZE)
+"""Room for the longest filter."""
+
+
+def seccomp_filter(tid: int, index: int, buffer: ctypes.Array[ctypes.c_char]) -> bytes:
+    """Return a system-call filter of a stopped thread: its instructions (struct sock_filter) as they were given.
+
+    ``buffer`` is a ``FilterBuffer`` made before. Raises PtraceFailed (ENOENT: there are not as many; EINVAL: the
+    thread has none, or the kernel is built without CONFIG_CHECKPOINT_RESTORE; EACCES: it needs CAP_SYS_ADMIN, and a
+    tracer that is under no filter).
+    """
+    failure = seam.announce(Request.SECCOMP_GET_FILTER.name, tid)
+    if failure:
+        raise PtraceFailed(Request.SECCOMP_GET_FILTER, tid, failure)
+    count = _ptrace(Request.SECCOMP_GET_FILTER, tid, index, ctypes.addressof(buffer))
+    if count == -1:
+        raise PtraceFailed(Request.SECCOMP_GET_FILTER, tid, ctypes.get_errno())
+    return ctypes.string_at(buffer, count * _INSTRUCTION_SIZE)

@@ -126,6 +126,14 @@ def filtered_threads(pid: int) -> tuple[int, ...]:
     return tuple(found.pid for found in _threads(pid) if found.seccomp)
 
 
+def seccomp_modes(pid: int) -> dict[int, int]:
+    """Return the mode of each thread that has not ended: 0 none, 1 strict, 2 filters (seccomp(2)).
+
+    Raises BadInput (the process has exited).
+    """
+    return {found.pid: found.seccomp for found in _threads(pid) if not found.zombie}
+
+
 def _threads(pid: int) -> Iterator[ProcessStatus]:
     for tid in thread_ids(pid):
         try:

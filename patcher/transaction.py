@@ -18,6 +18,7 @@ from elfdiff.patchobject import PatchObject
 
 from .binding import Binding
 from .conditions import DEEP_LIMIT, Conditions
+from .filters import require_calls_pass
 from .gating import with_gates
 from .interruption import heed
 from .keeping import keepable
@@ -140,6 +141,7 @@ def _apply(
     if all(_is_in_force(item, memory) for item in members):
         return _already(seen, [_applied(item) for item in members])
     require_together(members, seen)
+    _require_calls_pass(members, seen, spent(conditions, began))
     staged, pause = _stage_and_commit(members, seen, memory, spent(conditions, began), on_step)
     return _together(
         Outcome(
@@ -183,12 +185,19 @@ def _recovered(
 
 
 def require_fit(pid: int, patch: PatchObject, *, pin: Pin | None = None) -> None:
-    """Raise what ``apply`` would before it stops the process: the patch is for another build, an import is not there.
+    """Raise what ``apply`` would before it begins: the patch is for another build, an import is not there, or a filter
+    may kill for it.
 
-    Changes nothing, and stops nobody.
+    Changes nothing, and stops nobody but to read such a filter.
     """
     with open_target(pid, pin) as memory:
-        bind_all((patch,), look(pid, memory), memory, Conditions())
+        seen = look(pid, memory)
+        _require_calls_pass(bind_all((patch,), seen, memory, Conditions()), seen, Conditions())
+
+
+def _require_calls_pass(members: Sequence[Member], seen: Snapshot, conditions: Conditions) -> None:
+    # What is in force makes its calls already.
+    require_calls_pass([item.binding for item in members if not item.held], seen, conditions.timeout)
 
 
 def check(
@@ -218,13 +227,15 @@ def check(
 
 
 def _check(pid: int, patches: Sequence[PatchObject], memory: Memory, conditions: Conditions) -> Outcome:
+    began = time.monotonic()
     seen = look(pid, memory)
     members = bind_all(patches, seen, memory, conditions)
     if all(_is_in_force(item, memory) for item in members):
         return _already(seen, [_applied(item) for item in members])
     require_together(members, seen)
+    _require_calls_pass(members, seen, spent(conditions, began))
     contents, plan = _rehearse(members, seen, memory, conditions)
-    pause = carry_out(plan, seen, memory, conditions, no_step, write=False)
+    pause = carry_out(plan, seen, memory, spent(conditions, began), no_step, write=False)
     return _together(
         Outcome(
             pid=pid,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from elfdiff.findingcodes import MOVED_CODE
+from elfdiff.findingcodes import ASKING
 from elfdiff.findings import (
     addresses,
     calling,
@@ -31,12 +31,12 @@ Rule = Callable[[Draft], Iterator[Finding]]
 def find(draft: Draft, allowed: frozenset[str]) -> tuple[Finding, ...]:
     """All findings on a draft; what would refuse and has a code in ``allowed`` warns, and says that it was lifted.
 
-    So does ``moved-code``, which asks for something at apply that is left out then.
+    So does what asks for something at apply (``ASKING``), which is left out then.
     """
     found = [finding for rule in RULES for finding in rule(draft)]
     return tuple(
         replace(f, severity=Severity.WARN, lifted=True)
-        if f.code in allowed and (f.severity is Severity.REFUSE or f.code == MOVED_CODE)
+        if f.code in allowed and (f.severity is Severity.REFUSE or f.code in ASKING)
         else f
         for f in found
     )

@@ -78,8 +78,10 @@ def new_imports(draft: Draft) -> Iterator[Finding]:
             Severity.WARN,
             f"{len(imports)} import(s) that the old build does not have",
             tuple(f"{i.name}@{i.version}" if i.version else i.name for i in imports[:MANY]),
-            "they are bound when the patch is applied, and refused if no loaded library has them",
-            "nothing to do",
+            "they are bound when the patch is applied, and refused if no loaded library has them; a process keeps the "
+            "system-call filter of the old build: one that it may kill is refused, and one that sets up a filter later "
+            "must let through what they call",
+            "nothing to do; if the filter of a process lets through what they call, --allow new-import",
         )
 
 
