@@ -208,3 +208,28 @@ def test_sessions_under_a_system_call_filter_change_what_they_announce(
         assert server.process.poll() is None
     with capsys.disabled():
         print(f"\n{HEAD}\n{row}")
+
+
+def test_a_fix_for_whose_calls_a_filter_may_kill_is_refused_and_kills_where_that_is_lifted(
+    source_pair: SourcePair, livegraft: Livegraft, tmp_path: Path
+) -> None:
+    """It asks where a path leads, and the sandbox of a session kills for that: a session of the new build dies, too."""
+    old, new = (build.stripped("vsftpd") for build in source_pair(recipes.VSFTPD))
+    for file, options in (("fix", ()), ("lifted", ("--allow", "new-import"))):
+        livegraft("diff", old, new, "-o", tmp_path / file, *options)
+    with run_vsftpd(old, anon_umask="022", seccomp_sandbox="YES") as server, server.session() as session:
+        assert server.store(DENIED, session=session).startswith("226")
+        done = livegraft("apply", tmp_path / "fix", "--tree", server.pid, "--atomic", "--json", status=4).json
+        ends = {item["pid"]: item["result"] for item in done["processes"]}
+        (refused,) = (item for item in done["processes"] if item["result"] == "failed")
+        assert "system-call filter" in refused["error"]["what"] and "SECCOMP_RET_" in refused["error"]["why"]
+        assert ends[server.pid] == "rolled-back"
+        assert altered_code(server.pid) == []
+        assert server.store(DENIED, session=session).startswith("226")
+
+        livegraft("apply", tmp_path / "lifted", "--tree", server.pid, "--atomic")
+        with pytest.raises((EOFError, ftplib.Error, ConnectionError)):
+            server.store(DENIED, session=session)
+        livegraft("revert", "--tree", server.pid)
+        session.close()
+        assert server.store(DENIED).startswith("226")
