@@ -57,12 +57,12 @@ lint: $(VENV)/.development ## check style and types
 	@for file in examples/*/*.py; do $(RUN) -m mypy $$file || exit 1; done
 
 clean: ## remove what was set up, built and fetched
-	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info patcher/_batch.*.so
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info patcher/threads/_batch.*.so
 
-$(VENV)/.runtime: pyproject.toml setup.py patcher/batch.c .ci/venv
+$(VENV)/.runtime: pyproject.toml setup.py patcher/threads/batch.c .ci/venv
 	@PYTHON='$(PYTHON)' bash .ci/venv $(VENV) .
 	@touch $@
 
-$(VENV)/.development: pyproject.toml setup.py patcher/batch.c .ci/venv
+$(VENV)/.development: pyproject.toml setup.py patcher/threads/batch.c .ci/venv
 	@PYTHON='$(PYTHON)' bash .ci/venv $(VENV) '.[dev]'
 	@touch $(VENV)/.runtime $@

@@ -1,17 +1,17 @@
-"""What pyproject.toml cannot say without an experimental table: the optional part in C (patcher/batch.py)."""
+"""What pyproject.toml cannot say without an experimental table: the optional part in C (patcher/threads/batch.py)."""
 
 import hashlib
 from pathlib import Path
 
 from setuptools import Extension, setup
 
-SOURCE = "patcher/batch.c"
+SOURCE = "patcher/threads/batch.c"
 DIGEST = hashlib.sha256((Path(__file__).parent / SOURCE).read_bytes()).hexdigest()[:16]
 
 setup(
     ext_modules=[
         Extension(
-            "patcher._batch",
+            "patcher.threads._batch",
             [SOURCE],
             define_macros=[("SOURCE", f'"{DIGEST}"')],
             depends=[SOURCE, "setup.py"],

@@ -26,14 +26,14 @@ from statistics import median
 from bench import pausetarget, steady
 from bench.pausetarget import Target
 from elfdiff.patchobject import PatchObject
-from patcher import batch
-from patcher.gating import with_gates
-from patcher.memory import Memory
-from patcher.plan import Ending, Plan, plan_revert, situation
-from patcher.record import STATE_OFFSET
-from patcher.target import take_snapshot
-from patcher.transaction import apply, revert
-from patcher.vetting import module_of_record
+from patcher.planning.plan import Ending, Plan, plan_revert, situation
+from patcher.planning.vetting import module_of_record
+from patcher.process.memory import Memory
+from patcher.records.record import STATE_OFFSET
+from patcher.targets.target import take_snapshot
+from patcher.threads import batch
+from patcher.transactions.gating import with_gates
+from patcher.transactions.transaction import apply, revert
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".cache" / "bench"

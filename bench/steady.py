@@ -8,7 +8,7 @@ from statistics import median
 
 from bench import pausetarget
 from bench.pausetarget import Target
-from patcher.transaction import apply, revert
+from patcher.transactions.transaction import apply, revert
 
 CALLS = 20_000_000
 ROUNDS = 7

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from fixtures.build import DEFAULT, Variant, build_kv
-from patcher import batch
+from patcher.threads import batch
 
 ROOT = Path(__file__).parent.parent
 COMMAND_SECONDS = 300
@@ -71,7 +71,7 @@ def kv(cache_folder: Path) -> Callable[..., Path]:
 
 @pytest.fixture(params=["C", "Python"])
 def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The test runs twice: with the C library (``patcher.batch``), and without."""
+    """The test runs twice: with the C library (``patcher.threads.batch``), and without."""
     if request.param == "Python":
         monkeypatch.setenv("LIVEGRAFT_PURE", "1")
     elif batch.active() is None:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from elfdiff.errors import BadInput
 
-from ..conditions import DEEP_LIMIT
+from ..pausing.conditions import DEEP_LIMIT
 
 if TYPE_CHECKING:
-    from patcher.selection import Selection
+    from patcher.targets.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def add_selection(parser: argparse.ArgumentParser, *, changes: bool = True, requ
 
 def selection_of(arguments: argparse.Namespace) -> Selection | None:
     """Return which processes are meant, None for the one of ``--pid``. Raises BadInput (wrong usage)."""
-    from ..selection import By, Selection
+    from ..targets.selection import By, Selection
 
     if arguments.pid is not None:
         extra = [name for name in ("all", "atomic") if getattr(arguments, name, False)]

@@ -32,8 +32,8 @@ from . import (
 
 if TYPE_CHECKING:
     from elfdiff.patchobject import PatchObject
-    from patcher.selection import Pin
-    from patcher.transaction import Outcome
+    from patcher.targets.selection import Pin
+    from patcher.transactions.transaction import Outcome
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
@@ -50,8 +50,8 @@ def run(arguments: argparse.Namespace) -> Report:
     """Apply."""
     from elfdiff.patchfile import read_patch
 
-    from .. import transaction
-    from ..units import patches_of
+    from ..transactions import transaction
+    from ..transactions.units import patches_of
 
     selection = selection_of(arguments)
     patches = patches_of([read_patch(path) for path in arguments.patches])
@@ -73,8 +73,8 @@ def run(arguments: argparse.Namespace) -> Report:
         outcome = act(arguments.pid)
         return Report(_json(outcome, patches), _text(outcome, patches))
 
-    from ..conditions import Conditions
-    from ..group import carry_out_each
+    from ..pausing.conditions import Conditions
+    from ..transactions.group import carry_out_each
     from .several import group_report
 
     undo = Conditions(arguments.timeout, arguments.deep_check, arguments.deep_limit) if arguments.atomic else None

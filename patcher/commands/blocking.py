@@ -18,7 +18,7 @@ from elfdiff.errors import BadInput, Busy
 from . import Report, add_deep_check, add_pid, add_when_idle, plural, seconds
 
 if TYPE_CHECKING:
-    from patcher.liveness import Activation, Watched
+    from patcher.pausing.liveness import Activation, Watched
 
 _MOST_SHOWN = 12
 
@@ -43,8 +43,8 @@ def run(arguments: argparse.Namespace) -> Report:
     """Look."""
     from elfdiff.patchfile import read_patch
 
-    from .. import transaction
-    from ..conditions import Conditions
+    from ..pausing.conditions import Conditions
+    from ..transactions import transaction
 
     if bool(arguments.patches) == (arguments.revert is not None):
         raise BadInput(

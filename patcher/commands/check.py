@@ -24,8 +24,8 @@ from . import (
 
 if TYPE_CHECKING:
     from elfdiff.patchobject import PatchObject
-    from patcher.selection import Pin
-    from patcher.transaction import Outcome
+    from patcher.targets.selection import Pin
+    from patcher.transactions.transaction import Outcome
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
@@ -43,8 +43,8 @@ def run(arguments: argparse.Namespace) -> Report:
     from elfdiff.patchfile import read_patch
     from elfdiff.secondopinion import confirm_with_lief
 
-    from .. import transaction
-    from ..units import patches_of
+    from ..transactions import transaction
+    from ..transactions.units import patches_of
 
     selection = selection_of(arguments)
     patches = patches_of([read_patch(path) for path in arguments.patches])
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> Report:
         outcome = act(arguments.pid)
         return Report(_json(outcome, patches), _text(outcome, patches))
 
-    from ..group import carry_out_each
+    from ..transactions.group import carry_out_each
     from .several import group_report
 
     group = carry_out_each(selection, lambda pin: act(pin.pid, pin), again=False)

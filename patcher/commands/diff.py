@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> Report:
     """Compare and write."""
     from elfdiff.diff import diff, summary
     from elfdiff.patchfile import require_output, write_patch
-    from patcher.explanation_words import functions_line
+    from patcher.explanation.words import functions_line
 
     require_output(arguments.output, (arguments.old, arguments.new))
     patch = diff(arguments.old, arguments.new, comparison_options(arguments))

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from . import Report, process_id
 
 if TYPE_CHECKING:
-    from patcher.doctor import Examination
-    from patcher.doctorchecks import Check
+    from patcher.targets.doctor import Examination
+    from patcher.targets.doctorchecks import Check
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +25,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Report:
     """Look."""
-    from ..doctor import examine
+    from ..targets.doctor import examine
 
     found = examine(arguments.pid)
     text = [_verdict(found)]

@@ -22,7 +22,7 @@ from .diff import add_comparison, comparison_options
 
 if TYPE_CHECKING:
     from elfdiff.explain import ExplainedFunction, Explanation
-    from patcher.explanation_text import Style
+    from patcher.explanation.as_text import Style
 
 PLAIN_WIDTH = 160
 """Columns of a listing that goes to no terminal, unless COLUMNS says otherwise."""
@@ -50,8 +50,8 @@ def run(arguments: argparse.Namespace) -> Report:
     """Read or compare, and show."""
     from elfdiff.explain import select
     from elfdiff.patchfile import require_output
-    from patcher.explanation_json import explanation_json, listings_json
-    from patcher.explanation_text import listings, overview
+    from patcher.explanation.as_json import explanation_json, listings_json
+    from patcher.explanation.as_text import listings, overview
 
     if arguments.html is not None:
         require_output(arguments.html, [path for path in (arguments.patch, arguments.new) if path is not None], "page")
@@ -107,7 +107,7 @@ def _must_be_complete(explanation: Explanation, path: Path) -> None:
 
 
 def _style() -> Style:
-    from patcher.explanation_text import Style
+    from patcher.explanation.as_text import Style
 
     terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size((PLAIN_WIDTH, 24)).columns
@@ -115,7 +115,7 @@ def _style() -> Style:
 
 
 def _write_page(explanation: Explanation, arguments: argparse.Namespace) -> None:
-    from patcher.explanation_html import page, write_page
+    from patcher.explanation.as_html import page, write_page
 
     names = [path.name for path in (arguments.patch, arguments.new) if path is not None]
     write_page(page(explanation, arguments.context, " ".join(["livegraft inspect", *names])), arguments.html)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from . import Report
 
 if TYPE_CHECKING:
-    from patcher.outdated import OutdatedFile, OutdatedProcess, Survey
+    from patcher.targets.outdated import OutdatedFile, OutdatedProcess, Survey
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +29,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Report:
     """Look."""
-    from ..outdated import survey
+    from ..targets.outdated import survey
     from .shared import unreadable_line
 
     found = survey()
@@ -73,7 +73,7 @@ def _row(process: OutdatedProcess, file: OutdatedFile) -> tuple[str, ...]:
 def _batch(found: Survey) -> list[str]:
     from importlib.metadata import version
 
-    from ..outdated import FileState
+    from ..targets.outdated import FileState
     from .shared import safe
 
     done = (FileState.PATCHED, FileState.SAME_BUILD)

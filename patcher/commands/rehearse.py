@@ -28,9 +28,9 @@ def run(arguments: argparse.Namespace) -> Report:
     """Rehearse."""
     from elfdiff.patchfile import require_output
 
-    from ..rehearsal import rehearse
-    from ..rehearsalfile import read_rehearsal
-    from ..rehearsalreport import json, junit, junit_of_bad_file, text
+    from ..rehearsal.file import read_rehearsal
+    from ..rehearsal.rehearsing import rehearse
+    from .rehearsalreport import json, junit, junit_of_bad_file, text
 
     if arguments.junit is not None:
         require_output(arguments.junit, (arguments.file,), "report")

@@ -20,8 +20,8 @@ from elfdiff.errors import BadInput
 from . import Report, add_deep_check, add_selection, add_timeout, add_when_idle, selection_of
 
 if TYPE_CHECKING:
-    from patcher.selection import Pin
-    from patcher.transaction import Outcome
+    from patcher.targets.selection import Pin
+    from patcher.transactions.transaction import Outcome
 
 _SHORTEST_ID = 4
 
@@ -39,7 +39,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Report:
     """Revert."""
-    from .. import transaction
+    from ..transactions import transaction
     from .shared import set_json
 
     selection = selection_of(arguments)
@@ -62,8 +62,8 @@ def run(arguments: argparse.Namespace) -> Report:
         outcome = act(arguments.pid)
         return Report(set_json(outcome), _text(outcome))
 
-    from ..conditions import Conditions
-    from ..group import carry_out_each
+    from ..pausing.conditions import Conditions
+    from ..transactions.group import carry_out_each
     from .several import group_report
 
     undo = Conditions(arguments.timeout, arguments.deep_check, arguments.deep_limit) if arguments.atomic else None

@@ -11,9 +11,9 @@ from . import Report, plural
 from .shared import error_json, error_lines, head_line, safe
 
 if TYPE_CHECKING:
-    from patcher.group import Group, Result
-    from patcher.selection import Listed, Selection
-    from patcher.transaction import Outcome
+    from patcher.targets.selection import Listed, Selection
+    from patcher.transactions.group import Group, Result
+    from patcher.transactions.transaction import Outcome
 
 ToJson = Callable[["Outcome"], dict[str, Any]]
 ToText = Callable[["Outcome"], Sequence[str]]
@@ -68,7 +68,7 @@ def _json(result: Result, to_json: ToJson) -> dict[str, Any]:
 
 def result_code(result: Result) -> int:
     """Return the exit status that the command would have had for this process alone."""
-    from ..group import End
+    from ..transactions.group import End
 
     if result.error is not None:
         return result.error.exit_code
@@ -77,7 +77,7 @@ def result_code(result: Result) -> int:
 
 def process_lines(result: Result, to_text: ToText) -> list[str]:
     """Return what became of one process, for people; ``to_text`` says it of one that was done."""
-    from ..group import End
+    from ..transactions.group import End
 
     outcome = result.outcome
     head = f"{safe(result.process.name)} (pid {result.process.pid})"
@@ -104,7 +104,7 @@ def process_lines(result: Result, to_text: ToText) -> list[str]:
 
 def counts_line(group: Group) -> str:
     """Return how many processes came to what."""
-    from ..group import End
+    from ..transactions.group import End
 
     words = {
         End.DONE: "done",
@@ -122,7 +122,7 @@ def counts_line(group: Group) -> str:
 
 def summary_error(group: Group) -> LivegraftError:
     """Return what went wrong with all of them, in a few words; each one's own error stands with it."""
-    from ..group import End
+    from ..transactions.group import End
 
     why, next_step = "", "see what each says; run the command again for those that were not done"
     failed = group.having(End.FAILED)

@@ -14,8 +14,8 @@ from . import plural
 
 if TYPE_CHECKING:
     from elfdiff.patchobject import Build, PatchObject
-    from patcher.record import Contents, RecordedFunction, State
-    from patcher.transaction import Outcome
+    from patcher.records.record import Contents, RecordedFunction, State
+    from patcher.transactions.transaction import Outcome
 
 
 def error_json(error: LivegraftError) -> dict[str, Any]:

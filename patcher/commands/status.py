@@ -20,8 +20,8 @@ from elfdiff.errors import BadInput, LivegraftError, Partial
 from . import Report, add_selection, selection_of
 
 if TYPE_CHECKING:
-    from patcher.inspection import CarriedPatch, Inspection
-    from patcher.selection import Selection
+    from patcher.targets.selection import Selection
+    from patcher.transactions.inspection import CarriedPatch, Inspection
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +31,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Report:
     """Look."""
-    from ..inspection import inspect_process
+    from ..transactions.inspection import inspect_process
 
     selection = selection_of(arguments)
     if selection is not None:
@@ -41,8 +41,8 @@ def run(arguments: argparse.Namespace) -> Report:
 
 
 def _of_several(selection: Selection) -> Report:
-    from ..inspection import inspect_process
-    from ..selection import pinned, select_processes
+    from ..targets.selection import pinned, select_processes
+    from ..transactions.inspection import inspect_process
     from .several import exit_json, selection_json
     from .shared import error_json, error_lines, safe
 

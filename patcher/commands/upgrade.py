@@ -27,11 +27,11 @@ from . import Report, add_deep_check, add_no_when_idle, add_selection, add_timeo
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from patcher.group import Group, Result
-    from patcher.outdated import OutdatedFile, OutdatedProcess
-    from patcher.selection import Selection
-    from patcher.upgradecache import PatchCache
-    from patcher.upgrading import Upgrade, Upgraded, UpgradedFile
+    from patcher.targets.outdated import OutdatedFile, OutdatedProcess
+    from patcher.targets.selection import Selection
+    from patcher.transactions.group import Group, Result
+    from patcher.upgrade.cache import PatchCache
+    from patcher.upgrade.upgrading import Upgrade, Upgraded, UpgradedFile
 
 _MOST_SHOWN = 20
 _MOST_FINDINGS = 3
@@ -52,11 +52,11 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Report:
     """Upgrade."""
-    from ..conditions import Conditions
-    from ..group import carry_out_each
-    from ..selection import By
-    from ..upgradecache import PatchCache, default_folder
-    from ..upgrading import Upgrade
+    from ..pausing.conditions import Conditions
+    from ..targets.selection import By
+    from ..transactions.group import carry_out_each
+    from ..upgrade.cache import PatchCache, default_folder
+    from ..upgrade.upgrading import Upgrade
 
     selection = _selection(arguments)
     conditions = Conditions(
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> Report:
 
 def _selection(arguments: argparse.Namespace) -> Selection:
     """Which processes are meant. Raises BadInput (wrong usage, none was named), NothingToPatch."""
-    from ..selection import By, Selection
+    from ..targets.selection import By, Selection
 
     if any(getattr(arguments, by.value) is not None for by in By if by is not By.ALL):
         return selection_of(arguments) or Selection(By.PID, str(arguments.pid))
@@ -83,7 +83,7 @@ def _selection(arguments: argparse.Namespace) -> Selection:
 
 
 def _none_named() -> BadInput | NothingToPatch:
-    from ..outdated import FileState, survey
+    from ..targets.outdated import FileState, survey
 
     done = (FileState.PATCHED, FileState.SAME_BUILD)
     found = [item for item in survey().processes if any(file.state not in done for file in item.files)]
@@ -138,8 +138,8 @@ def _report(group: Group, selection: Selection, upgrade: Upgrade, cache: PatchCa
 
 def _is_shown(result: Result, selection: Selection, upgrade: Upgrade) -> bool:
     """Of all processes of the machine only those are of interest that run something old."""
-    from ..group import End
-    from ..selection import By
+    from ..targets.selection import By
+    from ..transactions.group import End
 
     return selection.by is not By.ALL or result.process.key in upgrade.done or result.end is End.FAILED
 
@@ -179,7 +179,7 @@ def _file_json(item: UpgradedFile) -> dict[str, Any]:
 
 
 def _lines(result: Result, done: Upgraded | None) -> list[str]:
-    from ..upgrading import GOOD, Fate
+    from ..upgrade.upgrading import GOOD, Fate
     from .several import process_lines
     from .shared import safe
 
@@ -201,7 +201,7 @@ def _lines(result: Result, done: Upgraded | None) -> list[str]:
 
 
 def _file_lines(item: UpgradedFile) -> list[str]:
-    from ..upgrading import Fate
+    from ..upgrade.upgrading import Fate
     from .shared import functions_line, pause_line, safe, warning_lines
 
     said = {Fate.PATCHABLE: "can be patched", Fate.NOTHING: "nothing to patch", Fate.ALREADY: "patched already"}

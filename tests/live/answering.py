@@ -13,8 +13,8 @@ from types import TracebackType
 
 from elfdiff.patchobject import PatchObject
 from fixtures.hearing import PATIENCE, next_line
-from patcher.memory import Memory
-from patcher.proc import mappings
+from patcher.process.memory import Memory
+from patcher.process.proc import mappings
 from tests.patchmaker import compile_version, make_patch
 
 SOURCE = Path(__file__).parents[2] / "fixtures" / "answer.c"

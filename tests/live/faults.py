@@ -27,11 +27,12 @@ from elfdiff.patchfile import write_patch
 from elfdiff.secondopinion import confirm_with_lief
 from fixtures.hearing import PATIENCE
 from fixtures.intact import altered_code
-from patcher import cli, seam, transaction
-from patcher.descriptors import leaked_memory_files
-from patcher.inspection import inspect_process
-from patcher.proc import status, thread_ids
-from patcher.record import State
+from patcher import cli, seam
+from patcher.process.proc import status, thread_ids
+from patcher.records.record import State
+from patcher.remote.descriptors import leaked_memory_files
+from patcher.transactions import transaction
+from patcher.transactions.inspection import inspect_process
 from tests.live.answering import Answering, Versions
 
 BUSY = 5  # exit status

@@ -20,7 +20,7 @@ from elfdiff.patchfile import read_patch, write_patch
 from elfdiff.patchobject import PatchObject, Severity
 from fixtures.hearing import next_line
 from fixtures.intact import altered_code, writable_and_executable
-from patcher.transaction import apply, revert
+from patcher.transactions.transaction import apply, revert
 from tests.compile import Compiler
 
 PRELUDE = """

@@ -11,8 +11,8 @@ from functools import cache
 from pathlib import Path
 
 from elfdiff.patchobject import PatchObject
-from patcher.inspection import inspect_process
-from patcher.record import State
+from patcher.records.record import State
+from patcher.transactions.inspection import inspect_process
 from tests.live.answering import ANSWERS, CHANGED, SOURCE, SPREAD, Answering
 from tests.live.grafting import named
 from tests.patchmaker import compile_version, make_patch

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from elfdiff.patchobject import PatchObject
 from fixtures.tracees import SOURCES, Tally, Torture, run_torture, wait_until
-from patcher.transaction import Outcome, apply, revert
+from patcher.transactions.transaction import Outcome, apply, revert
 from tests.patchmaker import compile_version, make_patch
 
 CHANGED = ("left", "right", "answer")

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from fixtures.libdw import Libdw
 from fixtures.stacks import Function
 from fixtures.stepping import Stepper
-from patcher.proc import Mapping, mappings
-from patcher.unwind import Stack, StackEnd, Unwinder
-from patcher.unwindtables import UnwindTable, unwind_tables
+from patcher.process.proc import Mapping, mappings
+from patcher.stacks.unwind import Stack, StackEnd, Unwinder
+from patcher.stacks.unwindtables import UnwindTable, unwind_tables
 
 VISITS = 2  # of one instruction: in a loop nothing new is to be seen
 DESTINED = 60  # instructions from where the tables begin to describe a jump's destination until the jump is done

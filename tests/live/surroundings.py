@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from elfdiff.errors import LivegraftError
-from patcher import transaction
-from patcher.inspection import inspect_process
-from patcher.proc import status, thread_ids
+from patcher.process.proc import status, thread_ids
+from patcher.transactions import transaction
+from patcher.transactions.inspection import inspect_process
 from tests.live.answering import Answering, Versions, versions
 
 SOURCE = Path(__file__).parents[2] / "fixtures" / "surrounded.c"

@@ -8,11 +8,11 @@ import pytest
 
 from elfdiff.errors import Busy
 from fixtures.intact import altered_code
-from patcher.memory import Memory
-from patcher.modules import modules
-from patcher.proc import mappings
-from patcher.switching_x86_64 import stack_switchers
-from patcher.transaction import apply, revert
+from patcher.process.memory import Memory
+from patcher.process.modules import modules
+from patcher.process.proc import mappings
+from patcher.stacks.switching_x86_64 import stack_switchers
+from patcher.transactions.transaction import apply, revert
 from tests.compile import Compiler
 from tests.live.grafting import patch_for
 from tests.live.test_deep_check import Pair, Parking

@@ -12,10 +12,10 @@ import pytest
 from elfdiff.errors import Busy
 from elfdiff.patchfile import read_patch, write_patch
 from fixtures.intact import altered_code
-from patcher import liveness
 from patcher.cli import main
-from patcher.proc import thread_ids
-from patcher.transaction import apply, check, watch_apply, watch_revert
+from patcher.pausing import liveness
+from patcher.process.proc import thread_ids
+from patcher.transactions.transaction import apply, check, watch_apply, watch_revert
 from tests.live.answering import Answering, Versions, versions
 
 pytestmark = pytest.mark.root

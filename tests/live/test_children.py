@@ -12,7 +12,7 @@ import pytest
 
 from elfdiff.errors import BadInput
 from fixtures.tracees import state_of, wait_until
-from patcher.children import Child
+from patcher.rehearsal.children import Child
 
 Start = Callable[..., Child]
 

@@ -17,7 +17,7 @@ from elfdiff.errors import NotPermitted
 from elfdiff.patchfile import write_patch
 from patcher.cli import VERBS
 from patcher.commands import apply as apply_verb
-from patcher.transaction import apply
+from patcher.transactions.transaction import apply
 from tests.live.answering import Answering, Versions, versions
 
 pytestmark = pytest.mark.root
@@ -251,7 +251,7 @@ def test_help_loads_none_of_the_heavy_packages() -> None:
 
 def test_a_bug_is_one_line_and_the_traceback_comes_on_demand(patch: Path) -> None:
     code = (
-        "import sys; import patcher.transaction as t; from patcher.cli import main\n"
+        "import sys; import patcher.transactions.transaction as t; from patcher.cli import main\n"
         "def broken(*a, **k): raise KeyError('oops')\n"
         "t.apply = broken\n"
         "sys.exit(main(sys.argv[1:]))"

@@ -8,7 +8,7 @@ import pytest
 
 from elfdiff.errors import Busy
 from fixtures.intact import altered_code
-from patcher.transaction import apply, revert
+from patcher.transactions.transaction import apply, revert
 from tests.compile import Compiler
 from tests.shapes.driver import BUSY_SECONDS, Running, make
 from tests.shapes.model import CLANG, GCC, Build, Shape

@@ -16,7 +16,7 @@ import pytest
 
 from elfdiff.errors import Busy, NothingToPatch, Refused
 from fixtures.intact import altered_code
-from patcher.transaction import apply
+from patcher.transactions.transaction import apply
 from tests.compile import Compiler
 from tests.shapes import constants, control, functions, switches, variables
 from tests.shapes.driver import BUSY_SECONDS, Made, Running, exercise, make, outcome

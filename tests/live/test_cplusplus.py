@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from elfdiff.errors import Refused
-from patcher.transaction import apply, revert
+from patcher.transactions.transaction import apply, revert
 from tests.compile import Compiler
 from tests.live.grafting import Running, patch_for
 from tests.live.throwing import program

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from patcher.transaction import apply, revert
+from patcher.transactions.transaction import apply, revert
 from tests.live.answering import Answering, Versions, versions
 
 pytestmark = [pytest.mark.root, pytest.mark.soak]

@@ -23,16 +23,16 @@ from fixtures.hearing import next_line
 from fixtures.intact import altered_code
 from fixtures.stacks import functions_of
 from patcher import seam
-from patcher.deepcheck import DeepCheck
-from patcher.deepmemory import DeepMemory, Survey
-from patcher.forbidden import ForbiddenRange
-from patcher.memory import Memory
-from patcher.modules import modules
-from patcher.proc import mappings, status
-from patcher.stopping import seize
-from patcher.switching_x86_64 import stack_switchers
-from patcher.transaction import apply, check, revert, watch_apply
-from patcher.unwind import Unwinder
+from patcher.process.memory import Memory
+from patcher.process.modules import modules
+from patcher.process.proc import mappings, status
+from patcher.stacks.deepcheck import DeepCheck
+from patcher.stacks.deepmemory import DeepMemory, Survey
+from patcher.stacks.forbidden import ForbiddenRange
+from patcher.stacks.switching_x86_64 import stack_switchers
+from patcher.stacks.unwind import Unwinder
+from patcher.threads.stopping import seize
+from patcher.transactions.transaction import apply, check, revert, watch_apply
 from tests.compile import Compiler
 from tests.live.grafting import patch_for
 

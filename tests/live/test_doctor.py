@@ -13,10 +13,10 @@ import pytest
 from elfdiff.errors import LivegraftError
 from fixtures.tracees import compile_program, running, state_of, wait_until
 from patcher import seam
-from patcher.doctor import Examination, examine
-from patcher.doctorchecks import Check, Verdict
-from patcher.surroundings import SYS_ADMIN, SYS_NICE, SYS_PTRACE, limits
-from patcher.transaction import apply
+from patcher.process.surroundings import SYS_ADMIN, SYS_NICE, SYS_PTRACE, limits
+from patcher.targets.doctor import Examination, examine
+from patcher.targets.doctorchecks import Check, Verdict
+from patcher.transactions.transaction import apply
 from tests.conftest import Livegraft
 from tests.live.answering import Answering, Versions
 from tests.live.surroundings import AS_NOBODY, enter, in_child, left_alone, public_copy, require, surrounded
@@ -102,7 +102,10 @@ def test_a_tracer(program: Answering, built: Versions) -> None:
 def compile_tracer() -> list[str]:
     import sys
 
-    text = "import sys; from patcher import ptrace; ptrace.seize(int(sys.argv[1])); print('ready', flush=True); input()"
+    text = (
+        "import sys; from patcher.threads import ptrace\n"
+        "ptrace.seize(int(sys.argv[1])); print('ready', flush=True); input()"
+    )
     return [sys.executable, "-c", text]
 
 

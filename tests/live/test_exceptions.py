@@ -13,13 +13,13 @@ from elfdiff.diff import Options, diff
 from elfdiff.errors import Busy, Refused
 from elfdiff.patchobject import Reason
 from fixtures.intact import altered_code
-from patcher.inspection import inspect_process
-from patcher.memory import Memory
-from patcher.modules import modules
-from patcher.proc import mapping_over, mappings
-from patcher.record import State
-from patcher.transaction import apply, revert
-from patcher.unwinders import lookup_slots
+from patcher.planning.unwinders import lookup_slots
+from patcher.process.memory import Memory
+from patcher.process.modules import modules
+from patcher.process.proc import mapping_over, mappings
+from patcher.records.record import State
+from patcher.transactions.inspection import inspect_process
+from patcher.transactions.transaction import apply, revert
 from tests.compile import Compiler
 from tests.live.answering import killed_at
 from tests.live.grafting import MAIN, Running, library_pair, patch_for, there_and_back

@@ -14,10 +14,10 @@ import pytest
 
 from elfdiff.errors import BadInput, LivegraftError
 from fixtures.tracees import state_of, wait_until
-from patcher import liveness, pause
-from patcher.memory import Memory
-from patcher.stopping import SeizedProcess, seize
-from patcher.transaction import apply, check, revert, watch_apply, watch_revert
+from patcher.pausing import liveness, pause
+from patcher.process.memory import Memory
+from patcher.threads.stopping import SeizedProcess, seize
+from patcher.transactions.transaction import apply, check, revert, watch_apply, watch_revert
 from tests.live.answering import Answering, Versions, versions
 from tests.live.faults import COMMANDS, Patcher, Scene, assert_at_liberty
 

@@ -25,9 +25,10 @@ from elfdiff.patchobject import PatchObject
 from fixtures import seccomp
 from fixtures.hearing import next_line
 from fixtures.tracees import Torture, compile_program, run_torture, running, state_of, wait_until
-from patcher import seam, surroundings
-from patcher.filters import filter_programs
-from patcher.transaction import apply, check, revert
+from patcher import seam
+from patcher.process import surroundings
+from patcher.transactions.filters import filter_programs
+from patcher.transactions.transaction import apply, check, revert
 from tests.conftest import Livegraft
 from tests.live.answering import Answering
 from tests.live.replacing import TIMEOUT, one, put

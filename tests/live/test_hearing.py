@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fixtures.hearing import doings, next_line
-from patcher.proc import thread_ids
+from patcher.process.proc import thread_ids
 from tests.live.answering import Answering, versions
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from elfdiff.errors import Refused
-from patcher.transaction import apply
+from patcher.transactions.transaction import apply
 from tests.compile import Compiler
 from tests.live.grafting import Running, patch_for, sources, there_and_back, warnings
 

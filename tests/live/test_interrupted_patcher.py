@@ -20,7 +20,8 @@ import pytest
 
 from elfdiff.errors import Interrupted
 from fixtures.tracees import wait_until
-from patcher import interruption, seam, transaction
+from patcher import interruption, seam
+from patcher.transactions import transaction
 from tests.live.answering import versions
 from tests.live.faults import BUSY, COMMANDS, EXTENT, Command, Patcher, Said, Scene, assert_at_liberty, at, run, sample
 

@@ -14,12 +14,12 @@ import pytest
 
 from elfdiff.errors import BadInput
 from fixtures.intact import altered_code
-from patcher.descriptors import leaked_memory_files
-from patcher.inspection import CarriedPatch, inspect_process
-from patcher.memory import Memory
-from patcher.proc import mappings
-from patcher.record import STATE_OFFSET, RecordedSegment, State, encode_slot, state_word
-from patcher.transaction import apply, revert
+from patcher.process.memory import Memory
+from patcher.process.proc import mappings
+from patcher.records.record import STATE_OFFSET, RecordedSegment, State, encode_slot, state_word
+from patcher.remote.descriptors import leaked_memory_files
+from patcher.transactions.inspection import CarriedPatch, inspect_process
+from patcher.transactions.transaction import apply, revert
 from tests.live.answering import ANSWERS, CHANGED, SPREAD, Answering, Versions, killed_at, versions
 
 pytestmark = pytest.mark.root

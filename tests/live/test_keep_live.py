@@ -14,17 +14,17 @@ from elfdiff.errors import BadInput, Busy, Refused, TargetDamaged
 from elfdiff.patchfile import write_patch
 from elfdiff.patchobject import PatchObject
 from fixtures.intact import altered_code
-from patcher import transaction
 from patcher.cli import main
-from patcher.conditions import Conditions
-from patcher.inspection import inspect_process
-from patcher.memory import Memory
-from patcher.pause import Pause, carry_out
-from patcher.plan import Plan
-from patcher.proc import thread_ids
-from patcher.record import KeptCode, State, encode_slot
-from patcher.target import Snapshot
-from patcher.transaction import apply, check, revert
+from patcher.pausing.conditions import Conditions
+from patcher.pausing.pause import Pause, carry_out
+from patcher.planning.plan import Plan
+from patcher.process.memory import Memory
+from patcher.process.proc import thread_ids
+from patcher.records.record import KeptCode, State, encode_slot
+from patcher.targets.target import Snapshot
+from patcher.transactions import transaction
+from patcher.transactions.inspection import inspect_process
+from patcher.transactions.transaction import apply, check, revert
 from tests.compile import Compiler
 from tests.live.grafting import PRELUDE, Running, patch_for
 

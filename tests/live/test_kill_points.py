@@ -25,12 +25,13 @@ import pytest
 from elfdiff.errors import BadInput
 from fixtures.intact import altered_code
 from fixtures.tracees import compile_program, handled_signals, running, wait_until
-from patcher import batch, ptrace, seam, tracees
-from patcher.descriptors import leaked_memory_files
-from patcher.inspection import inspect_process
-from patcher.quiet import Undisturbed
-from patcher.record import State
-from patcher.transaction import apply, revert
+from patcher import seam
+from patcher.records.record import State
+from patcher.remote.descriptors import leaked_memory_files
+from patcher.threads import batch, ptrace, tracees
+from patcher.threads.quiet import Undisturbed
+from patcher.transactions.inspection import inspect_process
+from patcher.transactions.transaction import apply, revert
 from tests.live.answering import SPREAD, Versions
 from tests.live.vigilant import Vigilant, code_is_accounted_for, unharmed, version_of, vigilant_versions
 

@@ -23,9 +23,10 @@ from elfdiff.patchobject import PatchObject
 from fixtures.daemon import PROBES, Daemon, probe, run_kv
 from fixtures.intact import altered_code, writable_and_executable
 from fixtures.load import Load
-from patcher import proc, transaction
-from patcher.inspection import inspect_process
-from patcher.record import State
+from patcher.process import proc
+from patcher.records.record import State
+from patcher.transactions import transaction
+from patcher.transactions.inspection import inspect_process
 
 pytestmark = pytest.mark.root
 

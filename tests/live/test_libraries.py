@@ -9,7 +9,7 @@ import pytest
 
 from elfdiff.errors import LivegraftError, Refused
 from fixtures.intact import altered_code
-from patcher.transaction import apply, check, revert
+from patcher.transactions.transaction import apply, check, revert
 from tests.compile import Compiler
 from tests.conftest import Livegraft
 from tests.live.grafting import MAIN, PRELUDE, Running, library_pair, patch_for, there_and_back

@@ -13,11 +13,12 @@ import pytest
 from elfdiff.errors import Changed, TargetDamaged
 from elfdiff.patchobject import PatchObject
 from fixtures.intact import altered_code
-from patcher.lookups import Chains
-from patcher.memory import Memory
-from patcher.modules import Module, module_of, modules
-from patcher.proc import mappings
-from patcher.record import (
+from patcher.planning.lookups import Chains
+from patcher.planning.unwinders import LookupSlot, lookup_slots
+from patcher.process.memory import Memory
+from patcher.process.modules import Module, module_of, modules
+from patcher.process.proc import mappings
+from patcher.records.record import (
     FIRST_SLOT,
     STATE_OFFSET,
     Contents,
@@ -28,9 +29,8 @@ from patcher.record import (
     encode_slot,
     state_word,
 )
-from patcher.records import find_records
-from patcher.transaction import apply, check, revert
-from patcher.unwinders import LookupSlot, lookup_slots
+from patcher.records.search import find_records
+from patcher.transactions.transaction import apply, check, revert
 from tests.compile import Compiler
 from tests.live.grafting import PRELUDE, Running, patch_for, sources
 

@@ -13,10 +13,10 @@ import pytest
 
 from elfdiff.errors import BadInput, LivegraftError, Refused
 from fixtures.hearing import next_line
-from patcher.memory import Memory
-from patcher.modules import Module, build_id_in_notes, find_module, modules
-from patcher.proc import mapping_over, mappings, stack_limit, start_brk, status, thread_ids
-from patcher.scope import Scope, resolve, search_scope
+from patcher.process.memory import Memory
+from patcher.process.modules import Module, build_id_in_notes, find_module, modules
+from patcher.process.proc import mapping_over, mappings, stack_limit, start_brk, status, thread_ids
+from patcher.process.scope import Scope, resolve, search_scope
 
 pytestmark = pytest.mark.root
 

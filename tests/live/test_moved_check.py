@@ -24,9 +24,9 @@ from elfdiff.patchobject import PatchObject, Severity
 from fixtures.hearing import PATIENCE, next_line
 from fixtures.intact import altered_code
 from patcher.cli import main
-from patcher.inspection import inspect_process
-from patcher.record import State
-from patcher.transaction import apply, check, revert, watch_apply, watch_revert
+from patcher.records.record import State
+from patcher.transactions.inspection import inspect_process
+from patcher.transactions.transaction import apply, check, revert, watch_apply, watch_revert
 from tests.compile import Compiler
 from tests.conftest import Livegraft
 from tests.live.replacing import one, put

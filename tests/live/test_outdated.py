@@ -13,9 +13,9 @@ from elfdiff.diff import Options, diff
 from elfdiff.patchfile import write_patch
 from fixtures.daemon import Daemon, run_kv
 from fixtures.hearing import next_line
-from patcher.outdated import FileState, OutdatedProcess, survey, unit_of
-from patcher.packages import owners
-from patcher.transaction import apply, revert
+from patcher.process.packages import owners
+from patcher.targets.outdated import FileState, OutdatedProcess, survey, unit_of
+from patcher.transactions.transaction import apply, revert
 from tests.compile import Compiler
 from tests.conftest import Livegraft
 

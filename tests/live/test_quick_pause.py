@@ -13,18 +13,19 @@ import pytest
 
 from elfdiff.errors import Busy, LivegraftError, TargetDamaged
 from fixtures.intact import altered_code
-from patcher import batch, quickpause
-from patcher.batch import Step
-from patcher.inspection import inspect_process
-from patcher.memory import Memory
-from patcher.proc import thread_ids
-from patcher.quickpause import QuickPause
-from patcher.quiescence import StackCheck
-from patcher.record import State
-from patcher.registers_x86_64 import Registers
-from patcher.stopped import StoppedThreads
-from patcher.stopping import SeizedProcess
-from patcher.transaction import apply, check, revert
+from patcher.pausing import quickpause
+from patcher.pausing.quickpause import QuickPause
+from patcher.process.memory import Memory
+from patcher.process.proc import thread_ids
+from patcher.records.record import State
+from patcher.stacks.quiescence import StackCheck
+from patcher.threads import batch
+from patcher.threads.batch import Step
+from patcher.threads.registers_x86_64 import Registers
+from patcher.threads.stopped import StoppedThreads
+from patcher.threads.stopping import SeizedProcess
+from patcher.transactions.inspection import inspect_process
+from patcher.transactions.transaction import apply, check, revert
 from tests.compile import Compiler
 from tests.live.answering import SPREAD, Answering, Versions, versions
 from tests.live.faults import EXTENT, assert_at_liberty, sample

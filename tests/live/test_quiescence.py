@@ -9,16 +9,16 @@ import pytest
 
 from fixtures.hearing import next_line
 from fixtures.stacks import Stacks, compile_program, run_stacks
-from patcher.forbidden import ForbiddenRange
-from patcher.memory import Memory
-from patcher.proc import mappings
-from patcher.quiescence import ANY_FUNCTION, LiveFrame, Quiescence, StackCheck
-from patcher.registers_x86_64 import Registers
-from patcher.stackmemory import StackMemory
-from patcher.stopped import StoppedThread
-from patcher.stopping import seize
-from patcher.unwind import Unwinder
-from patcher.unwindtables import unwind_tables
+from patcher.process.memory import Memory
+from patcher.process.proc import mappings
+from patcher.stacks.forbidden import ForbiddenRange
+from patcher.stacks.quiescence import ANY_FUNCTION, LiveFrame, Quiescence, StackCheck
+from patcher.stacks.stackmemory import StackMemory
+from patcher.stacks.unwind import Unwinder
+from patcher.stacks.unwindtables import unwind_tables
+from patcher.threads.registers_x86_64 import Registers
+from patcher.threads.stopped import StoppedThread
+from patcher.threads.stopping import seize
 
 from .test_unwind import EXPECTED
 

@@ -15,9 +15,9 @@ from xml.etree import ElementTree
 import pytest
 
 from fixtures.tracees import wait_until
-from patcher.rehearsal import Outcome, rehearse
-from patcher.rehearsalfile import read_rehearsal
-from patcher.rehearsalreport import junit, text
+from patcher.commands.rehearsalreport import junit, text
+from patcher.rehearsal.file import read_rehearsal
+from patcher.rehearsal.rehearsing import Outcome, rehearse
 from tests.compile import Compiler
 from tests.conftest import ROOT, Livegraft
 from tests.live.grafting import library_pair

@@ -14,11 +14,11 @@ import pytest
 
 from fixtures.intact import altered_code
 from fixtures.tracees import wait_until
-from patcher.rehearsal import Outcome, rehearse
-from patcher.rehearsalfile import read_rehearsal
-from patcher.rehearsalreport import json as as_json
-from patcher.rehearsalreport import junit, text
-from patcher.selection import By, Selection, list_processes, select_processes
+from patcher.commands.rehearsalreport import json as as_json
+from patcher.commands.rehearsalreport import junit, text
+from patcher.rehearsal.file import read_rehearsal
+from patcher.rehearsal.rehearsing import Outcome, rehearse
+from patcher.targets.selection import By, Selection, list_processes, select_processes
 from tests.conftest import ROOT
 from tests.live.answering import CHANGED, versions
 from tests.live.forking import SOURCE

@@ -28,14 +28,11 @@ from fixtures.tracees import (
     state_of,
     wait_until,
 )
-from patcher import tracees
-from patcher.borrowed import borrow_thread, by_preference
-from patcher.caves import Cave, find_caves, free_slot, old_stubs
-from patcher.memory import Memory
-from patcher.modules import modules
-from patcher.proc import mappings, status, thread_ids
-from patcher.ptrace import read_registers, rseq_configuration, write_registers
-from patcher.remote import (
+from patcher.process.memory import Memory
+from patcher.process.modules import modules
+from patcher.process.proc import mappings, status, thread_ids
+from patcher.remote.borrowed import borrow_thread, by_preference
+from patcher.remote.calls import (
     MAP_ANONYMOUS,
     MAP_FIXED_NOREPLACE,
     MAP_PRIVATE,
@@ -46,7 +43,10 @@ from patcher.remote import (
     RemoteCallError,
     slot_for_stub,
 )
-from patcher.tracees import INTERRUPTED
+from patcher.remote.caves import Cave, find_caves, free_slot, old_stubs
+from patcher.threads import tracees
+from patcher.threads.ptrace import read_registers, rseq_configuration, write_registers
+from patcher.threads.tracees import INTERRUPTED
 from trampolines.stub_x86_64 import RESTORED, STUB_SIZE, stub_bytes
 
 pytestmark = pytest.mark.root
@@ -330,7 +330,7 @@ def test_a_process_that_has_exited_is_bad_input(plain: subprocess.Popen[str]) ->
 def test_two_patchers_at_once_are_one_too_many(plain: subprocess.Popen[str]) -> None:
     holder = (
         "import sys\n"
-        "from patcher.exclusive import exclusive\n"
+        "from patcher.threads.exclusive import exclusive\n"
         "with exclusive(int(sys.argv[1])):\n"
         "    print('ready', flush=True); sys.stdin.read()\n"
     )

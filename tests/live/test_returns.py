@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from elfdiff.patchobject import PatchObject
-from patcher import returns, seam
-from patcher.breakpoints_x86_64 import MAX_BREAKPOINTS, Breakpoint
-from patcher.proc import status, thread_ids
-from patcher.transaction import Outcome, apply, watch_apply
+from patcher import seam
+from patcher.pausing import returns
+from patcher.pausing.breakpoints_x86_64 import MAX_BREAKPOINTS, Breakpoint
+from patcher.process.proc import status, thread_ids
+from patcher.transactions.transaction import Outcome, apply, watch_apply
 from tests.compile import Compiler
 from tests.live.grafting import Running, patch_for, sources
 

@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 
 from fixtures.intact import altered_code
-from patcher import batch, seam
-from patcher.descriptors import leaked_memory_files
-from patcher.inspection import inspect_process
-from patcher.record import State
-from patcher.transaction import apply, revert
+from patcher import seam
+from patcher.records.record import State
+from patcher.remote.descriptors import leaked_memory_files
+from patcher.threads import batch
+from patcher.transactions.inspection import inspect_process
+from patcher.transactions.transaction import apply, revert
 from tests.live.pairing import Pairs, pairs, version_in_force
 from tests.live.test_kill_points import EVERY, IN_C, MOST_IN_C, PATIENCE, SAMPLE, SEED, Point, every, killed_before
 from tests.live.vigilant import SOURCE, Vigilant, code_is_accounted_for, unharmed

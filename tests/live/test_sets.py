@@ -11,9 +11,9 @@ import pytest
 from elfdiff.errors import BadInput, Busy, NotConcerned, Refused
 from elfdiff.patchfile import write_patch
 from fixtures.intact import altered_code, writable_and_executable
-from patcher.inspection import inspect_process
-from patcher.record import State
-from patcher.transaction import apply, check, revert, watch_apply
+from patcher.records.record import State
+from patcher.transactions.inspection import inspect_process
+from patcher.transactions.transaction import apply, check, revert, watch_apply
 from tests.compile import Compiler
 from tests.conftest import Livegraft
 from tests.live.answering import SPREAD, Answering, killed_at, versions

@@ -20,12 +20,12 @@ from elfdiff.patchobject import PatchObject
 from fixtures.hearing import next_line
 from fixtures.intact import altered_code
 from fixtures.tracees import SOURCES, state_of, wait_until
-from patcher.conditions import Conditions
-from patcher.group import End, carry_out_each
-from patcher.proc import is_leaving, mappings
-from patcher.selection import By, Listed, Selection, list_processes, pinned
-from patcher.sharing import sharers
-from patcher.transaction import apply
+from patcher.pausing.conditions import Conditions
+from patcher.process.proc import is_leaving, mappings
+from patcher.process.sharing import sharers
+from patcher.targets.selection import By, Listed, Selection, list_processes, pinned
+from patcher.transactions.group import End, carry_out_each
+from patcher.transactions.transaction import apply
 from tests.conftest import Livegraft
 from tests.live.answering import CHANGED, versions
 from tests.live.forking import SOURCE, Forking

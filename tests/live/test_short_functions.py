@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from elfdiff.errors import LivegraftError, Refused
-from patcher.transaction import apply
+from patcher.transactions.transaction import apply
 from tests.compile import Compiler
 from tests.live.grafting import Running, patch_for, sources, there_and_back
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from fixtures.tracees import Torture, state_of, wait_until
-from patcher.proc import thread_ids
-from patcher.stopping import seize
+from patcher.process.proc import thread_ids
+from patcher.threads.stopping import seize
 from tests.live.reporting import Pair, Reporting, pair, reporting
 
 pytestmark = pytest.mark.root

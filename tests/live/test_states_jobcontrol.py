@@ -13,8 +13,8 @@ import pytest
 
 from fixtures.tracees import state_of, wait_until
 from patcher import seam
-from patcher.pause import OnStep
-from patcher.transaction import apply, revert
+from patcher.pausing.pause import OnStep
+from patcher.transactions.transaction import apply, revert
 from tests.live.reporting import TIMEOUT, Pair, Reporting, pair, reporting
 
 pytestmark = pytest.mark.root

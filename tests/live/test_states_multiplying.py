@@ -11,10 +11,10 @@ import pytest
 
 from fixtures.intact import altered_code
 from fixtures.tracees import wait_until
-from patcher.inspection import inspect_process
-from patcher.proc import status
-from patcher.record import State
-from patcher.transaction import apply, revert
+from patcher.process.proc import status
+from patcher.records.record import State
+from patcher.transactions.inspection import inspect_process
+from patcher.transactions.transaction import apply, revert
 from tests.live.reporting import TIMEOUT, Pair, Reporting, pair, reporting
 
 pytestmark = pytest.mark.root

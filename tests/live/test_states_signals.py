@@ -11,7 +11,7 @@ import pytest
 
 from elfdiff.errors import Busy
 from fixtures.hearing import next_line
-from patcher.transaction import apply
+from patcher.transactions.transaction import apply
 from tests.live.reporting import Pair, Reporting, pair, reporting
 
 pytestmark = pytest.mark.root

@@ -14,15 +14,15 @@ import pytest
 from elfdiff.errors import Busy
 from fixtures.tracees import state_of, wait_until
 from patcher import seam
-from patcher.borrowed import among
-from patcher.descriptors import leaked_memory_files
-from patcher.inspection import inspect_process
-from patcher.memory import Memory
-from patcher.proc import status, thread_ids
-from patcher.record import State
-from patcher.remote import MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, RemoteCaller
-from patcher.tracees import release_abandoned
-from patcher.transaction import apply, check
+from patcher.process.memory import Memory
+from patcher.process.proc import status, thread_ids
+from patcher.records.record import State
+from patcher.remote.borrowed import among
+from patcher.remote.calls import MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, RemoteCaller
+from patcher.remote.descriptors import leaked_memory_files
+from patcher.threads.tracees import release_abandoned
+from patcher.transactions.inspection import inspect_process
+from patcher.transactions.transaction import apply, check
 from tests.live.answering import killed_at
 from tests.live.reporting import Pair, Reporting, pair, reporting
 

@@ -28,9 +28,10 @@ from fixtures.tracees import (
     state_of,
     wait_until,
 )
-from patcher import ptrace, seam, tracees
-from patcher.proc import mappings, status, thread_ids
-from patcher.stopping import seize
+from patcher import seam
+from patcher.process.proc import mappings, status, thread_ids
+from patcher.threads import ptrace, tracees
+from patcher.threads.stopping import seize
 
 pytestmark = pytest.mark.root
 
@@ -315,7 +316,7 @@ def test_a_process_killed_in_the_pause_is_no_error(build: Build) -> None:
 def test_a_process_that_is_traced_already_names_its_tracer(build: Build) -> None:
     tracer = (
         "import sys\n"
-        "from patcher.stopping import seize\n"
+        "from patcher.threads.stopping import seize\n"
         "process = seize(int(sys.argv[1]))\n"
         "print('ready', flush=True)\n"
         "sys.stdin.read()\n"
@@ -359,7 +360,7 @@ def test_a_user_without_rights_is_told_what_helps(build: Build) -> None:
     script = (
         "import os, sys\n"
         "from elfdiff.errors import NotPermitted\n"
-        "from patcher.stopping import seize\n"
+        "from patcher.threads.stopping import seize\n"
         "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
         "try: seize(int(sys.argv[1]))\n"
         "except NotPermitted as error: print(error.why, '|', error.next_step)\n"
@@ -433,7 +434,7 @@ def test_without_the_right_to_be_real_time_it_works_and_says_so(build: Build) ->
     )
     work = (
         "import sys\n"
-        "from patcher.stopping import seize\n"
+        "from patcher.threads.stopping import seize\n"
         "with seize(int(sys.argv[1])) as process:\n"
         "    process.stop(); print(process.realtime, len(process.threads))\n"
     )

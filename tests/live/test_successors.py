@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fixtures.intact import altered_code
-from patcher.outdated import FileState, OutdatedFile, outdated_process
+from patcher.targets.outdated import FileState, OutdatedFile, outdated_process
 from tests.compile import Compiler
 from tests.conftest import Livegraft
 from tests.live.grafting import SONAME, Running, library_pair

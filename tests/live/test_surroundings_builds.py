@@ -15,8 +15,8 @@ import pytest
 
 from fixtures.tracees import wait_until
 from patcher import seam
-from patcher.proc import thread_ids
-from patcher.transaction import apply, revert
+from patcher.process.proc import thread_ids
+from patcher.transactions.transaction import apply, revert
 from tests.live.answering import Answering, Versions, versions
 from tests.live.surroundings import in_child, surrounded, there_and_back
 
@@ -46,7 +46,7 @@ def test_the_loss_of_one_register_would_be_noticed(built: Versions) -> None:
     import ctypes
     import time
 
-    from patcher import ptrace, tracees
+    from patcher.threads import ptrace, tracees
 
     request = ctypes.CDLL(None, use_errno=True).ptrace
     request.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)

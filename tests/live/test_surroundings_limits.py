@@ -12,9 +12,10 @@ import pytest
 
 from elfdiff.errors import Busy, Refused
 from fixtures.tracees import wait_until
-from patcher import borrowed, seam
-from patcher.surroundings import frozen_by, limits
-from patcher.transaction import apply, revert
+from patcher import seam
+from patcher.process.surroundings import frozen_by, limits
+from patcher.remote import borrowed
+from patcher.transactions.transaction import apply, revert
 from tests.live.answering import Answering, Versions
 from tests.live.surroundings import at_liberty, enter, in_child, refused, surrounded, there_and_back
 

@@ -16,11 +16,11 @@ import pytest
 from elfdiff.errors import NotPermitted, Refused
 from fixtures.tracees import running, wait_until
 from patcher import seam
-from patcher.memory import Memory
-from patcher.proc import mappings, status
-from patcher.remote import slot_for_stub
-from patcher.surroundings import SYS_ADMIN, SYS_PTRACE, status_fields
-from patcher.transaction import apply, revert
+from patcher.process.memory import Memory
+from patcher.process.proc import mappings, status
+from patcher.process.surroundings import SYS_ADMIN, SYS_PTRACE, status_fields
+from patcher.remote.calls import slot_for_stub
+from patcher.transactions.transaction import apply, revert
 from tests.live.answering import Answering, Versions
 from tests.live.surroundings import (
     AS_NOBODY,
@@ -233,7 +233,7 @@ def test_a_program_under_strace_is_refused_and_strace_goes_on(
 
 _TRACER = """
 import sys
-from patcher import ptrace
+from patcher.threads import ptrace
 ptrace.seize(int(sys.argv[1]))
 print("ready", flush=True)
 sys.stdin.read()
@@ -278,7 +278,7 @@ def test_a_foreign_proc_is_refused_since_its_numbers_mean_other_processes(progra
     script = (
         "import sys\n"
         "from elfdiff.errors import BadInput\n"
-        "from patcher.inspection import inspect_process\n"
+        "from patcher.transactions.inspection import inspect_process\n"
         "try: inspect_process(int(sys.argv[1]))\n"
         "except BadInput as error: print(error.what, '|', error.next_step)\n"
     )

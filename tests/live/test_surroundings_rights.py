@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from patcher import seam
-from patcher.proc import status, thread_ids
-from patcher.transaction import apply, revert
+from patcher.process.proc import status, thread_ids
+from patcher.transactions.transaction import apply, revert
 from tests.live.answering import Answering, Versions
 from tests.live.surroundings import (
     AS_NOBODY,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from elfdiff.errors import Refused
-from patcher.transaction import apply, revert
+from patcher.transactions.transaction import apply, revert
 from tests.compile import Compiler
 from tests.live.grafting import LibraryPair, Running, library_pair, patch_for, sources, there_and_back
 

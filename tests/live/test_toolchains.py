@@ -20,7 +20,7 @@ from elfdiff.patchfile import read_patch, write_patch
 from fixtures.build import KV_SOURCES, Variant, build
 from fixtures.daemon import PROBES, KvClient, probe, run_kv
 from fixtures.intact import altered_code, writable_and_executable
-from patcher.transaction import apply, revert
+from patcher.transactions.transaction import apply, revert
 from tests.compile import Compiler
 from tests.live.grafting import Running, patch_for, sources, there_and_back
 

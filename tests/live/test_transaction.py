@@ -17,13 +17,13 @@ import pytest
 from elfdiff.errors import Busy, LivegraftError, NotPermitted, Refused, TargetDamaged
 from elfdiff.patchobject import FIRST_IMPORT, RELOCATION_DTYPE, Import, RelocationType
 from fixtures.intact import altered_code
-from patcher.exclusive import exclusive
-from patcher.inspection import inspect_process
-from patcher.memory import Memory
-from patcher.proc import mappings
-from patcher.record import State, encode_slot
-from patcher.stopping import seize
-from patcher.transaction import apply, check, revert
+from patcher.process.memory import Memory
+from patcher.process.proc import mappings
+from patcher.records.record import State, encode_slot
+from patcher.threads.exclusive import exclusive
+from patcher.threads.stopping import seize
+from patcher.transactions.inspection import inspect_process
+from patcher.transactions.transaction import apply, check, revert
 from tests.live.answering import CHANGED, SPREAD, Answering, Versions, versions
 from tests.patchmaker import make_patch
 

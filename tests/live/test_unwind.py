@@ -11,12 +11,12 @@ import pytest
 
 from fixtures.stacks import Stacks, compile_program, gdb_stacks, run_stacks
 from fixtures.tracees import wait_until
-from patcher.foresight import words_on_stacks
-from patcher.memory import Memory
-from patcher.proc import mappings
-from patcher.stopping import seize
-from patcher.unwind import Stack, StackEnd, Unwinder
-from patcher.unwindtables import UnwindTable, unwind_tables
+from patcher.process.memory import Memory
+from patcher.process.proc import mappings
+from patcher.stacks.foresight import words_on_stacks
+from patcher.stacks.unwind import Stack, StackEnd, Unwinder
+from patcher.stacks.unwindtables import UnwindTable, unwind_tables
+from patcher.threads.stopping import seize
 
 pytestmark = pytest.mark.root
 

@@ -22,12 +22,12 @@ from fixtures.redis import redis_build, run_benchmark, run_redis
 from fixtures.stacks import compile_program
 from fixtures.stepping import attached
 from fixtures.tracees import running
-from patcher.memory import Memory
-from patcher.proc import mappings, thread_ids
-from patcher.stopped import StoppedThread
-from patcher.stopping import seize
-from patcher.unwind import Stack, Unwinder
-from patcher.unwindtables import unwind_tables
+from patcher.process.memory import Memory
+from patcher.process.proc import mappings, thread_ids
+from patcher.stacks.unwind import Stack, Unwinder
+from patcher.stacks.unwindtables import unwind_tables
+from patcher.threads.stopped import StoppedThread
+from patcher.threads.stopping import seize
 
 from .steptruth import Comparison
 

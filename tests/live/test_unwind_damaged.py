@@ -10,12 +10,12 @@ import pytest
 
 from elfdiff.ehframe import read_fde_table
 from fixtures.stacks import Stacks, compile_program, run_stacks
-from patcher.forbidden import ForbiddenRange
-from patcher.memory import Memory
-from patcher.proc import mappings
-from patcher.quiescence import LiveFrame, StackCheck
-from patcher.stopping import seize
-from patcher.unwindtables import unwind_tables
+from patcher.process.memory import Memory
+from patcher.process.proc import mappings
+from patcher.stacks.forbidden import ForbiddenRange
+from patcher.stacks.quiescence import LiveFrame, StackCheck
+from patcher.stacks.unwindtables import unwind_tables
+from patcher.threads.stopping import seize
 
 pytestmark = pytest.mark.root
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from fixtures.stepping import attached
-from patcher.memory import Memory
-from patcher.pause import patch_tables
-from patcher.target import take_snapshot
-from patcher.transaction import apply
+from patcher.pausing.pause import patch_tables
+from patcher.process.memory import Memory
+from patcher.targets.target import take_snapshot
+from patcher.transactions.transaction import apply
 from tests.compile import Compiler
 from tests.live.grafting import Running, patch_for, sources
 from tests.live.throwing import everything

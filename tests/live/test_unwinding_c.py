@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from elfdiff.errors import Busy
-from patcher.proc import mappings
-from patcher.transaction import apply, revert
+from patcher.process.proc import mappings
+from patcher.transactions.transaction import apply, revert
 from tests.compile import Compiler
 from tests.live.grafting import Running, patch_for, sources
 

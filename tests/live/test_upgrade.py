@@ -22,13 +22,13 @@ from fixtures.daemon import PROBES, Daemon, probe, run_kv
 from fixtures.hearing import next_line
 from fixtures.intact import altered_code
 from fixtures.load import Load
-from patcher import upgrading
-from patcher.conditions import Conditions
-from patcher.group import End, carry_out_each
-from patcher.outdated import OutdatedProcess
-from patcher.selection import By, Selection
-from patcher.upgradecache import PatchCache
-from patcher.upgrading import Fate, Upgrade, restart_of
+from patcher.pausing.conditions import Conditions
+from patcher.targets.outdated import OutdatedProcess
+from patcher.targets.selection import By, Selection
+from patcher.transactions.group import End, carry_out_each
+from patcher.upgrade import upgrading
+from patcher.upgrade.cache import PatchCache
+from patcher.upgrade.upgrading import Fate, Upgrade, restart_of
 from tests.conftest import ROOT, Livegraft
 from tests.live.answering import CHANGED, versions
 from tests.live.forking import SOURCE, Forking

@@ -10,16 +10,16 @@ import pytest
 
 from fixtures.intact import altered_code
 from fixtures.tracees import state_of, wait_until
-from patcher import upgrading
-from patcher.conditions import Conditions
-from patcher.group import carry_out_each
-from patcher.inspection import inspect_process
 from patcher.interruption import deferred
-from patcher.record import State
-from patcher.selection import By, Selection
-from patcher.transaction import Outcome, apply
-from patcher.upgradecache import PatchCache
-from patcher.upgrading import Fate, Upgrade
+from patcher.pausing.conditions import Conditions
+from patcher.records.record import State
+from patcher.targets.selection import By, Selection
+from patcher.transactions.group import carry_out_each
+from patcher.transactions.inspection import inspect_process
+from patcher.transactions.transaction import Outcome, apply
+from patcher.upgrade import upgrading
+from patcher.upgrade.cache import PatchCache
+from patcher.upgrade.upgrading import Fate, Upgrade
 from tests.compile import Compiler
 from tests.conftest import Livegraft
 from tests.live.grafting import MAIN, PRELUDE, SONAME, Running, library_pair

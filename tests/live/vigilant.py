@@ -13,11 +13,11 @@ from types import TracebackType
 
 from fixtures.intact import altered_ranges, writable_and_executable
 from fixtures.tracees import Tally, Torture
-from patcher import proc
-from patcher.gates import find_gates, seen_through
-from patcher.inspection import CarriedPatch, inspect_process
-from patcher.memory import Memory
-from patcher.record import State
+from patcher.process import proc
+from patcher.process.memory import Memory
+from patcher.records.gates import find_gates, seen_through
+from patcher.records.record import State
+from patcher.transactions.inspection import CarriedPatch, inspect_process
 from tests.live.answering import Answering, Versions, versions
 from trampolines.stub_x86_64 import STUB_SIZE, owner_of
 

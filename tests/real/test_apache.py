@@ -21,9 +21,9 @@ from fixtures.apache import LOADED, MODULES, PROGRAM, HttpServer, get, run_apach
 from fixtures.clients import Clients
 from fixtures.debian import Unpacked
 from fixtures.intact import altered_code
-from patcher.inspection import inspect_process
-from patcher.record import State
-from patcher.selection import By, Selection, select_processes
+from patcher.records.record import State
+from patcher.targets.selection import By, Selection, select_processes
+from patcher.transactions.inspection import inspect_process
 from tests.conftest import Livegraft
 from tests.real.rows import HEAD, Row
 

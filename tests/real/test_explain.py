@@ -15,8 +15,8 @@ from elfdiff.image import Kind
 from elfdiff.imagefile import load_image
 from elfdiff.patchfile import read_patch, write_patch
 from fixtures.debian import Unpacked
-from patcher.explanation_html import page
-from patcher.explanation_words import sentences
+from patcher.explanation.as_html import page
+from patcher.explanation.words import sentences
 from tests.conftest import Livegraft
 
 pytestmark = [pytest.mark.apt]

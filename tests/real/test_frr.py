@@ -18,9 +18,9 @@ from fixtures import recipes
 from fixtures.debian import Unpacked
 from fixtures.hearing import next_line
 from fixtures.source import Built, Recipe
-from patcher.children import Child, tail, wait_until
-from patcher.readiness import wait_until_ready
-from patcher.rehearsalfile import Ready
+from patcher.rehearsal.children import Child, tail, wait_until
+from patcher.rehearsal.file import Ready
+from patcher.rehearsal.readiness import wait_until_ready
 from tests.conftest import ROOT, Livegraft
 from tests.real.examples import copied, passed
 

@@ -27,7 +27,7 @@ from fixtures.intact import altered_code
 from fixtures.openssh import SshServer, run_sshd
 from fixtures.source import Built, Recipe
 from fixtures.tracees import wait_until
-from patcher.selection import By, Selection, select_processes
+from patcher.targets.selection import By, Selection, select_processes
 from tests.conftest import Livegraft
 from tests.real.archive import PAIRS, Pair
 from tests.real.examples import copied, passed

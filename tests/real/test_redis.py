@@ -25,9 +25,9 @@ from fixtures.intact import altered_code, mappings, writable_and_executable
 from fixtures.load import Load, Report
 from fixtures.redis import RedisBuild, RedisServer, RespClient, redis_build, run_benchmark, run_redis
 from fixtures.tracees import wait_until
-from patcher import transaction
-from patcher.inspection import inspect_process
-from patcher.record import State
+from patcher.records.record import State
+from patcher.transactions import transaction
+from patcher.transactions.inspection import inspect_process
 from tests.conftest import Livegraft
 from tests.real.rows import HEAD, Row
 

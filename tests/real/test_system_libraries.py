@@ -19,8 +19,8 @@ from elfdiff.patchobject import PatchObject
 from fixtures.debian import Unpacked
 from fixtures.intact import altered_code, writable_and_executable
 from fixtures.reencoded import reencoded
-from patcher.inspection import inspect_process
-from patcher.transaction import apply, revert
+from patcher.transactions.inspection import inspect_process
+from patcher.transactions.transaction import apply, revert
 from tests.compile import Compiler
 from tests.live.grafting import MAIN, PRELUDE, Running, named, patch_for
 

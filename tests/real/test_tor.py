@@ -20,11 +20,11 @@ from fixtures.debian import Unpacked
 from fixtures.hearing import next_line
 from fixtures.intact import altered_code
 from fixtures.source import Built, Recipe
-from patcher.children import Child, wait_until
-from patcher.inspection import inspect_process
-from patcher.readiness import wait_until_ready
-from patcher.record import State
-from patcher.rehearsalfile import Ready
+from patcher.records.record import State
+from patcher.rehearsal.children import Child, wait_until
+from patcher.rehearsal.file import Ready
+from patcher.rehearsal.readiness import wait_until_ready
+from patcher.transactions.inspection import inspect_process
 from tests.conftest import Livegraft
 from tests.real.examples import client, copied, passed
 

@@ -26,7 +26,7 @@ from fixtures.clients import Clients
 from fixtures.intact import altered_code
 from fixtures.source import Built, Recipe
 from fixtures.vsftpd import DENIED, FtpServer, run_vsftpd
-from patcher.selection import By, Selection, select_processes
+from patcher.targets.selection import By, Selection, select_processes
 from tests.conftest import Livegraft
 from tests.real.rows import HEAD, Row
 

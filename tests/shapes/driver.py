@@ -16,7 +16,7 @@ from elfdiff.patchfile import read_patch, write_patch
 from elfdiff.patchobject import PatchObject, Severity
 from fixtures.hearing import next_line
 from fixtures.intact import altered_code
-from patcher.transaction import DEFAULT_TIMEOUT, apply, revert
+from patcher.transactions.transaction import DEFAULT_TIMEOUT, apply, revert
 from tests.compile import Compiler
 from tests.shapes.model import Build, Shape
 

@@ -11,10 +11,28 @@ from pathlib import Path
 
 import pytest
 
+from patcher.cli import VERBS
+
 ROOT = Path(__file__).parent.parent.parent
 ROOMS = {"elfdiff": {"elfdiff"}, "trampolines": {"trampolines"}, "patcher": {"patcher", "elfdiff", "trampolines"}}
 OURS = {*ROOMS, "fixtures", "tests"}
 HEAVY = {"capstone", "keystone", "lief", "ptrace", "elftools"}
+FOLDERS = {  # of patcher, from the ground up: what each may import beside what stands in no folder
+    "process": "",
+    "threads": "process",
+    "stacks": "process threads",
+    "records": "process stacks",
+    "planning": "process stacks records",
+    "remote": "process threads records planning",
+    "targets": "process threads records planning remote",
+    "pausing": "process threads stacks records planning targets",
+    "transactions": "process threads records planning remote targets pausing",
+    "upgrade": "process records targets pausing transactions",
+    "rehearsal": "targets pausing transactions",
+    "explanation": "",
+    "commands": "records targets pausing transactions upgrade rehearsal explanation",
+}
+FREE = {"closing", "interruption", "seam"}  # in no folder: they import none, and all may import them
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 
 
@@ -32,6 +50,39 @@ def test_a_room_imports_only_what_it_may(path: Path) -> None:
     room = path.relative_to(ROOT).parts[0]
     foreign = {name for name in imports(ast.parse(path.read_text())) if name in OURS - ROOMS[room]}
     assert not foreign
+
+
+def modules_named(path: Path) -> Iterator[str]:
+    """What the imports of a file of ours name, with all packages around it: of ``from .a import b`` both a and b."""
+    package = path.relative_to(ROOT).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+PATCHER = [path for path in FILES if path.is_relative_to(ROOT / "patcher") and path.name != "cli.py"]
+
+
+@pytest.mark.parametrize("path", PATCHER, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_folder_of_patcher_imports_only_what_it_may(path: Path) -> None:
+    folder = path.relative_to(ROOT / "patcher").parts[0]
+    allowed = {*FREE, folder, *FOLDERS.get(folder, "").split()}
+    ours = {name for name in modules_named(path) if name.startswith("patcher.")}
+    assert not {name for name in ours if name.split(".")[1] not in allowed}
+
+
+def test_every_folder_of_patcher_stands_above_what_it_imports() -> None:
+    below: set[str] = set()
+    for folder, allowed in FOLDERS.items():
+        assert set(allowed.split()) <= below, folder
+        below.add(folder)
+    assert {path.parent.name for path in (ROOT / "patcher").glob("*/__init__.py")} == below
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    assert re.findall(r"^\| `(\w+)/` \|", text[text.index("### patcher") :], re.MULTILINE) == list(FOLDERS)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -54,14 +105,15 @@ def test_help_starts_without_the_heavy_packages() -> None:
     assert done.stdout.splitlines()[-1] == "LOADED"
 
 
-def test_every_file_that_the_architecture_lists_exists() -> None:
+def test_the_architecture_lists_every_file() -> None:
+    """But for the verbs, which ``livegraft --help`` lists."""
     text = (ROOT / "docs" / "architecture.md").read_text()
     room = ""
-    missing = []
+    listed = set()
     for line in text.splitlines():
         if line.startswith("### "):
             room = line[4:].strip()
-        for name in re.findall(r"`(\w+\.py)`", line) if line.startswith("| `") else []:
-            if room in ROOMS and not (ROOT / room / name).exists():
-                missing.append(f"{room}/{name}")
-    assert not missing
+        elif room in ROOMS:
+            listed |= {ROOT / room / name for name in re.findall(r"^\| `([\w/]+\.py)` \|", line)}
+    verbs = {ROOT / "patcher" / "commands" / f"{verb}.py" for verb in VERBS}
+    assert listed == {path for path in FILES if path.name != "__init__.py"} - verbs

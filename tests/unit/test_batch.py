@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from patcher import batch, seam
+from patcher import seam
+from patcher.threads import batch
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -26,7 +27,7 @@ def library() -> batch.Batch:
 
 def test_the_library_is_not_older_than_its_text(library: batch.Batch) -> None:
     """If this fails: build it again, as ``make test`` does."""
-    text = (ROOT / "patcher" / "batch.c").read_bytes()
+    text = (ROOT / "patcher" / "threads" / "batch.c").read_bytes()
     assert library.source == hashlib.sha256(text).hexdigest()[:16]
 
 
@@ -53,7 +54,7 @@ def test_without_it_python_does_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_library_that_does_not_fit_is_not_used_and_it_is_said_why(
     library: batch.Batch, spoil: str, why: str
 ) -> None:
-    script = f"from patcher import batch; {spoil}; print(batch.active(), batch.description())"
+    script = f"from patcher.threads import batch; {spoil}; print(batch.active(), batch.description())"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.startswith("None Python (the C library is ")
     assert why in done.stdout
@@ -64,7 +65,7 @@ def true_in_c(checks: list[str], folder: Path) -> None:
         pytest.skip("cc is not installed")
     source = folder / "checks.c"
     asserts = "".join(f'_Static_assert({check}, "");\n' for check in checks)
-    source.write_text(f'#include "{ROOT / "patcher" / "batch.c"}"\n#include <stddef.h>\n{asserts}')
+    source.write_text(f'#include "{ROOT / "patcher" / "threads" / "batch.c"}"\n#include <stddef.h>\n{asserts}')
     done = subprocess.run(["cc", "-fsyntax-only", source], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -24,8 +24,8 @@ from elfdiff.patchobject import (
     RelocationType,
     Segment,
 )
-from patcher.binding import Binding, _require_sound, overlay, relocate
-from patcher.modules import Module
+from patcher.planning.binding import Binding, _require_sound, overlay, relocate
+from patcher.process.modules import Module
 
 Row = tuple[int, int, int, int]
 OLD_BIAS = 0x5555_5555_0000

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from patcher import seam
-from patcher.memory import Comparison, Memory
+from patcher.process.memory import Comparison, Memory
 
 TEXT = b"what was read while the plan was made"
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from patcher.callsites_x86_64 import LONGEST_CALL, ends_with_call
-from patcher.mangling_x86_64 import mangled, unmangled
+from patcher.stacks.callsites_x86_64 import LONGEST_CALL, ends_with_call
+from patcher.stacks.mangling_x86_64 import mangled, unmangled
 
 CALLS = [
     "e8 01 02 03 04", "ff d0", "41 ff d3", "ff 10", "ff 55 08", "ff 14 24", "ff 14 c5 00 10 00 00", "ff 54 24 08",

@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 
 from elfdiff.errors import BadInput, Busy, LivegraftError, NotPermitted, Refused
-from patcher import doctorchecks, obstacles
-from patcher.doctor import Examination
-from patcher.doctorchecks import Check, Verdict
-from patcher.obstacles import Obstacle
-from patcher.surroundings import CAPABILITY_NAMES, SYS_PTRACE, Credentials, Freezer, Limits
+from patcher.process import obstacles
+from patcher.process.obstacles import Obstacle
+from patcher.process.surroundings import CAPABILITY_NAMES, SYS_PTRACE, Credentials, Freezer, Limits
+from patcher.targets import doctorchecks
+from patcher.targets.doctor import Examination
+from patcher.targets.doctorchecks import Check, Verdict
 
 OK, DEGRADED, FAILS = Verdict.OK, Verdict.DEGRADED, Verdict.FAILS
 ALL = sum(1 << number for number in CAPABILITY_NAMES)

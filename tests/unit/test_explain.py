@@ -19,7 +19,7 @@ from elfdiff.explain import ExplainedFunction, Explanation, explain, explain_pai
 from elfdiff.patchfile import read_patch, write_patch
 from elfdiff.patchobject import FORMAT_VERSION, PatchObject
 from elfdiff.quoting import MAX_QUOTED, is_text, printable, quote, quote_both
-from patcher.explanation_words import sentences
+from patcher.explanation.words import sentences
 from tests.compile import Compiler
 from tests.verdict import Pair, program
 

@@ -26,7 +26,7 @@ from fixtures.seccomp import (
     X32,
     X86_64,
 )
-from patcher.filterprogram_x86_64 import killing_action
+from patcher.process.filterprogram_x86_64 import killing_action
 
 Instruction = tuple[int, int, int, int]
 

@@ -204,7 +204,7 @@ def test_an_import_that_unpatched_code_had_is_not_new(compiled: Compiler) -> Non
 
 
 def test_another_library_is_left_to_the_process(compiled: Compiler) -> None:
-    """One that the process loaded when it started will do: patcher/scope.py refuses the others."""
+    """One that the process loaded when it started will do: patcher/process/scope.py refuses the others."""
     pair = program("double cos(double);\nSEPARATE int edited(int x) { puts(\"e\"); EDIT; return x; }\n", "edited(n)",
                    EDIT=("", "x += cos(x)"))  # fmt: skip
     verdict = judge(compiled, pair, "-lm", "-Wl,--as-needed")

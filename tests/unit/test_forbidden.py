@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from patcher.forbidden import ForbiddenRange, ForbiddenRanges
+from patcher.stacks.forbidden import ForbiddenRange, ForbiddenRanges
 
 
 def leads_into(word: int, item: ForbiddenRange) -> bool:

@@ -26,8 +26,8 @@ from elfdiff.evidence import Evidence, EvidenceKind, Names, Reference, pack, unp
 from elfdiff.explain import Explanation, explain
 from elfdiff.patchfile import read_patch, write_patch
 from patcher.cli import main
-from patcher.explanation_html import page
-from patcher.explanation_text import Style, listings, overview
+from patcher.explanation.as_html import page
+from patcher.explanation.as_text import Style, listings, overview
 from tests.compile import Compiler
 from tests.unit.test_explain import LINES, REASONS, REFUSED, build
 from tests.verdict import program

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elfdiff.errors import Refused
-from patcher.placement import MARGIN, STACK_RESERVE, Surroundings, candidates, stack_reserve
-from patcher.proc import Mapping
+from patcher.planning.placement import MARGIN, STACK_RESERVE, Surroundings, candidates, stack_reserve
+from patcher.process.proc import Mapping
 
 PAGE = 4096
 GIB = 1 << 30

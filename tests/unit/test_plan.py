@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elfdiff.errors import Refused, TargetDamaged
-from patcher.forbidden import ForbiddenRange, ForbiddenRanges
-from patcher.modules import Module
-from patcher.plan import Ending, Part, Plan, disjoint, page_writes, plan_apply, plan_revert, situation
-from patcher.record import FIRST_SLOT, JournalEntry, Record, RecordedFunction, State, state_word
+from patcher.planning.plan import Ending, Part, Plan, disjoint, page_writes, plan_apply, plan_revert, situation
+from patcher.process.modules import Module
+from patcher.records.record import FIRST_SLOT, JournalEntry, Record, RecordedFunction, State, state_word
+from patcher.stacks.forbidden import ForbiddenRange, ForbiddenRanges
 from tests.unit.test_record import contents
 
 BASE = 0x5555_5555_0000

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from patcher.quiet import Undisturbed, ticking
+from patcher.threads.quiet import Undisturbed, ticking
 
 
 @pytest.fixture(autouse=True)

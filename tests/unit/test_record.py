@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from elfdiff.errors import LivegraftError
 from elfdiff.patchobject import Build
-from patcher.record import (
+from patcher.records.record import (
     STATE_OFFSET,
     Contents,
     JournalEntry,

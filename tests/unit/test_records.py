@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 
 from elfdiff.errors import TargetDamaged
-from patcher.modules import Module
-from patcher.plan import Ending, Part, Plan, plan_apply, plan_revert, situation
-from patcher.record import FIRST_SLOT, JournalEntry, Record, State, state_word
-from patcher.records import _of_sets, _supersede
-from patcher.vetting import require_whole_sets
+from patcher.planning.plan import Ending, Part, Plan, plan_apply, plan_revert, situation
+from patcher.planning.vetting import require_whole_sets
+from patcher.process.modules import Module
+from patcher.records.record import FIRST_SLOT, JournalEntry, Record, State, state_word
+from patcher.records.search import _of_sets, _supersede
 from tests.unit.test_record import contents
 
 IMAGES = (0x5555_5555_0000, 0x7FFF_0000_0000)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ptrace.binding.linux_struct import user_regs_struct
 
-from patcher.registers_x86_64 import NO_SYSCALL, Registers, restart, without_spurious_eintr
+from patcher.threads.registers_x86_64 import NO_SYSCALL, Registers, restart, without_spurious_eintr
 
 READ, EPOLL_WAIT, CLOSE, POLL, OPENAT = 0, 232, 3, 7, 257
 WRITE, IOCTL, SENDFILE, SPLICE = 1, 16, 40, 275

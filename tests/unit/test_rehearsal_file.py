@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from elfdiff.errors import BadInput
-from patcher.rehearsalfile import Pair, Ready, Rehearsal, read_rehearsal
+from patcher.rehearsal.file import Pair, Ready, Rehearsal, read_rehearsal
 from tests.conftest import ROOT
 
 BUILD = '[build]\nold = "old"\nnew = "new"\n'

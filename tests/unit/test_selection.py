@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from patcher.selection import By, Listed, Selection, choose
+from patcher.targets.selection import By, Listed, Selection, choose
 
 OWN = 99
 MASTER = Listed(10, 1, 1000, "daemon", exe="/usr/sbin/daemon", unit="daemon.service")

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patcher import batch
-from patcher.forbidden import ForbiddenRange, ForbiddenRanges
-from patcher.frames_x86_64 import RESTORER_SIZE
-from patcher.stacksift import StackSift
+from patcher.stacks.forbidden import ForbiddenRange, ForbiddenRanges
+from patcher.stacks.frames_x86_64 import RESTORER_SIZE
+from patcher.stacks.stacksift import StackSift
+from patcher.threads import batch
 
 FAR = 0x7F00_0000_0000
 

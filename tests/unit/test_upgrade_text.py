@@ -6,10 +6,10 @@ import pytest
 
 from elfdiff.errors import NothingToPatch, Refused
 from patcher.commands.upgrade import _lines
-from patcher.group import End, Result
-from patcher.outdated import FileState, OutdatedFile
-from patcher.selection import Listed
-from patcher.upgrading import Fate, Upgraded, UpgradedFile
+from patcher.targets.outdated import FileState, OutdatedFile
+from patcher.targets.selection import Listed
+from patcher.transactions.group import End, Result
+from patcher.upgrade.upgrading import Fate, Upgraded, UpgradedFile
 
 
 def file(name: str, fate: Fate) -> UpgradedFile:

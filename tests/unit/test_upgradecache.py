@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from elfdiff.errors import NotPermitted
-from patcher.upgradecache import PatchCache, default_folder
+from patcher.upgrade.cache import PatchCache, default_folder
 
 
 def test_the_oldest_go_first_and_what_was_left_unfinished(tmp_path: Path) -> None:

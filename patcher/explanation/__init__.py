@@ -1,0 +1,1 @@
+"""An explanation of a patch, as text, as JSON and as a page for a browser."""

@@ -1,0 +1,1 @@
+"""The pause, in which a plan is carried out, and the wait until no thread is in its way."""

@@ -1,0 +1,1 @@
+"""Holding the threads of a process: stopping them, looking at their registers, letting them go."""

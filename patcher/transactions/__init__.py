@@ -1,0 +1,1 @@
+"""Apply, revert, check: all or nothing, on one process or on several."""

@@ -1,0 +1,125 @@
+"""Whether the system-call filters of a process may kill it for what new code calls.
+
+A filter (seccomp(2)) is that of the build that has set it up, and nobody can take it away. New code that imports what
+the old build does not may make system calls that it never made: where one of its threads may be killed for such a call,
+the patch is refused. Which calls a function of a library makes nobody can tell.
+
+The filters are read in a stop of their own, outside of the pause, in which nothing else is done; a kernel that does not
+show them has the last word. What the new code calls through old imports is not asked for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import time
+from collections.abc import Mapping, Sequence
+
+from elfdiff.errors import Busy
+from elfdiff.findingcodes import NEW_IMPORT
+
+from ..planning.binding import Binding
+from ..process import obstacles, surroundings
+from ..process.filterprogram_x86_64 import killing_action
+from ..process.obstacles import Obstacle
+from ..process.proc import mapping_over
+from ..targets.target import Snapshot
+from ..threads import ptrace, tracees
+from ..threads.ptrace import PtraceFailed
+from ..threads.stopping import seize
+
+_STRICT, _FILTER = 1, 2  # modes in /proc/PID/status
+_REST = 0.05  # seconds between two tries to stop a process
+
+
+def require_calls_pass(bindings: Sequence[Binding], seen: Snapshot, timeout: float) -> None:
+    """Refuse patches that import functions which the old build does not, where a filter may kill for what these call.
+
+    Stops the process for a moment where it imports such functions, is under a filter, and the finding was not lifted;
+    changes nothing. ``timeout``: seconds for all threads to stop. Raises Refused, NotPermitted (the filters cannot be
+    read), Busy (a thread does not stop), and what ``seize`` and ``stop`` raise.
+    """
+    imports = tuple(dict.fromkeys(name for binding in bindings for name in _new_functions(binding, seen)))
+    found = _obstacle(seen.pid, seen.name, imports, time.monotonic() + timeout) if imports else None
+    if found is not None:
+        raise found.as_error()
+
+
+def _new_functions(binding: Binding, seen: Snapshot) -> list[str]:
+    """Names of imports that new code may call: what is data makes no system call, and what is nowhere is not called."""
+    patch = binding.patch
+    if any(finding.code == NEW_IMPORT and finding.lifted for finding in patch.findings):
+        return []
+    found = []
+    for item, address in zip(patch.imports, binding.imports, strict=True):
+        mapping = mapping_over(seen.maps, address, 1)
+        if address and (mapping is None or mapping.executable):
+            found.append(item.name)
+    return found
+
+
+def _obstacle(pid: int, name: str, imports: tuple[str, ...], deadline: float) -> Obstacle | None:
+    modes = surroundings.seccomp_modes(pid)
+    if not any(modes.values()):
+        return None
+    for tid, mode in modes.items():
+        if mode == _STRICT:
+            how = f"thread {tid} is in strict mode, which kills for all but read, write, exit and sigreturn"
+            return obstacles.filter_may_kill(pid, name, how, imports)
+    try:
+        programs = filter_programs(pid, modes, deadline)
+    except PtraceFailed as error:
+        if error.request is not ptrace.Request.SECCOMP_GET_FILTER:
+            raise
+        return obstacles.filter_unreadable(pid, name, error.tid, error.why)
+    for program, tid in programs.items():
+        action = killing_action(program)
+        if action:
+            how = f"the filter of thread {tid} may answer by {action}"
+            return obstacles.filter_may_kill(pid, name, how, imports)
+    return None
+
+
+def filter_programs(pid: int, modes: Mapping[int, int], deadline: float) -> dict[bytes, int]:
+    """Return all filters of all threads, each an array of struct sock_filter with one thread that is under it.
+
+    ``modes`` as ``surroundings.seccomp_modes``; ``deadline`` is a time.monotonic() value. Stops the process. Raises
+    PtraceFailed where the kernel does not show them, otherwise as ``require_calls_pass``.
+    """
+    buffer = ptrace.FilterBuffer()
+    while True:
+        gone: dict[int, str] = {}
+        found: dict[bytes, int] = {}
+        try:
+            with seize(pid) as process:
+                process.stop()
+                for tid in process.tids:
+                    try:
+                        for program in _programs_of(tid, modes.get(tid, 0), buffer):
+                            found.setdefault(program, tid)
+                    except PtraceFailed as error:
+                        if not error.gone:
+                            raise
+                        gone[tid] = error.why
+        except Busy:
+            if time.monotonic() + _REST >= deadline:
+                raise
+            time.sleep(_REST)  # it may be waiting for a child of vfork(2)
+            continue
+        for tid, why in gone.items():
+            tracees.require_gone(tid, why)
+        return found
+
+
+def _programs_of(tid: int, mode: int, buffer: ctypes.Array[ctypes.c_char]) -> list[bytes]:
+    """The filters of a stopped thread. ``mode`` was its mode a moment ago, 0 where it is new."""
+    found: list[bytes] = []
+    while True:
+        try:
+            found.append(ptrace.seccomp_filter(tid, len(found), buffer))
+        except PtraceFailed as error:
+            if error.errno == errno.ENOENT and found:
+                return found
+            if error.errno == errno.EINVAL and mode != _FILTER:
+                return []  # it has none
+            raise
