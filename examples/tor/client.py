@@ -27,6 +27,10 @@ class Failure(Exception):
     """Not the right answer, or none."""
 
 
+class NoStream(Failure):
+    """The client could not open one."""
+
+
 class Control:
     """The control socket of one tor (control-spec)."""
 
@@ -72,7 +76,7 @@ class Stream:
         self._socket.sendall(b"\x05\x01\x00\x01" + address)
         answer = self.receive(4)
         if answer[:2] != b"\x05\x00":
-            raise Failure(f"no stream: {answer.hex()}")
+            raise NoStream(f"no stream: {answer.hex()}")
         self.receive({1: 4, 4: 16}[answer[3]] + 2)
 
     def _exchange(self, sent: bytes, expected: bytes) -> None:
@@ -147,13 +151,21 @@ class Load:
         return bool(self._failures)
 
     def _wait_for_network(self) -> None:
+        """Until a stream was served. A client that says so has circuits, but an exit may not be ready to connect."""
         deadline = time.monotonic() + 2 * SECONDS
         control = Control(self._folder / "client")
-        while control.info("status/circuit-established") != "1":
+        while control.info("status/circuit-established") != "1" or not self._is_served():
             if time.monotonic() > deadline:
-                raise Failure(f"no circuit within {2 * SECONDS:g} seconds")
+                raise Failure(f"no stream within {2 * SECONDS:g} seconds")
             time.sleep(0.1)
         control.close()
+
+    def _is_served(self) -> bool:
+        try:
+            self._once("first", b"is anybody there?")
+        except NoStream:
+            return False
+        return True
 
     def _guarded(self, body: Callable[[], None]) -> None:
         try:
