@@ -4,8 +4,8 @@ A filter (seccomp(2)) is that of the build that has set it up, and nobody can ta
 the old build does not may make system calls that it never made: where one of its threads may be killed for such a call,
 the patch is refused. Which calls a function of a library makes nobody can tell.
 
-The filters are read in a stop of their own, outside of the pause, in which nothing else is done; a kernel that does not
-show them has the last word. What the new code calls through old imports is not asked for.
+The filters are read in short stops of their own, outside of the pause, in which nothing else is done. What new code
+calls through old imports is not asked for.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from ..threads.ptrace import PtraceFailed
 from ..threads.stopping import seize
 
 _STRICT, _FILTER = 1, 2  # modes in /proc/PID/status
-_REST = 0.05  # seconds between two tries to stop a process
+_REST = 0.02  # seconds between two stops
+_LONGEST_LOOK = 5e-4  # seconds in one stop, for one thread more
 
 
 def require_calls_pass(bindings: Sequence[Binding], seen: Snapshot, timeout: float) -> None:
@@ -83,32 +84,58 @@ def _obstacle(pid: int, name: str, imports: tuple[str, ...], deadline: float) ->
 def filter_programs(pid: int, modes: Mapping[int, int], deadline: float) -> dict[bytes, int]:
     """Return all filters of all threads, each an array of struct sock_filter with one thread that is under it.
 
-    ``modes`` as ``surroundings.seccomp_modes``; ``deadline`` is a time.monotonic() value. Stops the process. Raises
+    ``modes`` as ``surroundings.seccomp_modes``; ``deadline`` is a time.monotonic() value for all threads to
+    stop. Raises
     PtraceFailed where the kernel does not show them, otherwise as ``require_calls_pass``.
     """
-    buffer = ptrace.FilterBuffer()
+    look = _Look(modes)
     while True:
-        gone: dict[int, str] = {}
-        found: dict[bytes, int] = {}
         try:
             with seize(pid) as process:
                 process.stop()
-                for tid in process.tids:
-                    try:
-                        for program in _programs_of(tid, modes.get(tid, 0), buffer):
-                            found.setdefault(program, tid)
-                    except PtraceFailed as error:
-                        if not error.gone:
-                            raise
-                        gone[tid] = error.why
+                complete = look.at(process.tids)
         except Busy:
             if time.monotonic() + _REST >= deadline:
                 raise
-            time.sleep(_REST)  # it may be waiting for a child of vfork(2)
-            continue
-        for tid, why in gone.items():
+            complete = False  # it may be waiting for a child of vfork(2)
+        if complete:
+            return look.result()
+        time.sleep(_REST)
+
+
+class _Look:
+    """Looks at the filters of some threads in each stop, so that none is long however many there are."""
+
+    def __init__(self, modes: Mapping[int, int]) -> None:
+        self._modes = modes
+        self._buffer = ptrace.FilterBuffer()
+        self._found: dict[bytes, int] = {}
+        self._seen: set[int] = set()
+        self._gone: dict[int, str] = {}
+
+    def at(self, tids: Sequence[int]) -> bool:
+        """Look at stopped threads, at one at least; whether all have been looked at. Raises PtraceFailed."""
+        end = time.monotonic() + _LONGEST_LOOK
+        for tid in tids:
+            if tid in self._seen:
+                continue
+            self._seen.add(tid)
+            try:
+                for program in _programs_of(tid, self._modes.get(tid, 0), self._buffer):
+                    self._found.setdefault(program, tid)
+            except PtraceFailed as error:
+                if not error.gone:
+                    raise
+                self._gone[tid] = error.why
+            if time.monotonic() >= end:
+                break
+        return self._seen.issuperset(tids)
+
+    def result(self) -> dict[bytes, int]:
+        """What was found. Raises LivegraftError where a thread that was said to be gone lives on."""
+        for tid, why in self._gone.items():
             tracees.require_gone(tid, why)
-        return found
+        return self._found
 
 
 def _programs_of(tid: int, mode: int, buffer: ctypes.Array[ctypes.c_char]) -> list[bytes]:

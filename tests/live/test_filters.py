@@ -23,10 +23,11 @@ from elfdiff.errors import Busy, LivegraftError, NotPermitted, Refused
 from elfdiff.patchfile import read_patch, write_patch
 from elfdiff.patchobject import PatchObject
 from fixtures import seccomp
-from fixtures.hearing import next_line
+from fixtures.hearing import PATIENCE, next_line
 from fixtures.tracees import Torture, compile_program, run_torture, running, state_of, wait_until
 from patcher import seam
 from patcher.process import surroundings
+from patcher.transactions import filters
 from patcher.transactions.filters import filter_programs
 from patcher.transactions.transaction import apply, check, revert
 from tests.conftest import Livegraft
@@ -239,7 +240,7 @@ def test_nobody_notices_the_look(torture: Torture) -> None:
     for _ in range(30):
         modes = surroundings.seccomp_modes(torture.pid)
         assert set(modes.values()) == {2}
-        assert len(filter_programs(torture.pid, modes, time.monotonic() + 20)) == 3
+        assert len(filter_programs(torture.pid, modes, time.monotonic() + PATIENCE)) == 3
         time.sleep(random.uniform(0, 0.01))
     torture.wait_for_progress()
     assert torture.complaints == []
@@ -247,6 +248,26 @@ def test_nobody_notices_the_look(torture: Torture) -> None:
 
 def at_the_look(does: Callable[[], int]) -> seam.Observer:
     return lambda name, _: does() if name == "SECCOMP_GET_FILTER" else 0
+
+
+def test_a_look_at_many_threads_takes_several_stops(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filters, "_LONGEST_LOOK", 0.0)
+    seized: list[int] = []
+
+    def observer(name: str, subject: int) -> int:
+        if name == "SEIZE":
+            seized.append(subject)
+        return 0
+
+    with Answering(built.old) as program:
+        enter(program, "other-kill")
+        modes = surroundings.seccomp_modes(program.pid)
+        with seam.observe(observer), left_alone(program):
+            found = filter_programs(program.pid, modes, time.monotonic() + PATIENCE)
+        (tid,) = (tid for tid, mode in modes.items() if mode)
+        assert list(found.values()) == [tid]
+        assert sorted(seized) == sorted([*modes] * len(modes))
+        refused(program, built.patch, Refused, KILLING["other-kill"])
 
 
 def test_the_look_waits_for_a_thread_that_cannot_stop(tmp_path: Path) -> None:
@@ -267,7 +288,7 @@ def test_the_look_waits_for_a_thread_that_cannot_stop(tmp_path: Path) -> None:
             return 0
 
         with seam.observe(observer):
-            assert filter_programs(target.pid, modes, time.monotonic() + 20) == {}
+            assert filter_programs(target.pid, modes, time.monotonic() + PATIENCE) == {}
         assert let_go
         assert next_line(target) == "over"
 
