@@ -42,7 +42,7 @@ DEFAULT_TIMEOUT = 1.0
 """Seconds that a stop may take before it is given up. A loaded machine needs tens of milliseconds."""
 
 _RELEASE_TIMEOUT = 1.0
-_ADDRESSEES_TIMEOUT = 0.1
+_ADDRESSEES_TIMEOUT = 1.0  # for one that only waits for a processor: such a process hardly runs anyway
 _REGISTERS_SIZE = ctypes.sizeof(Registers)
 
 # An execve would replace everything that was computed about the process, so it has to be noticed.
