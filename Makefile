@@ -43,7 +43,8 @@ fuzz: $(VENV)/.development ## damaged ELF files through diff, 10000 of them (ROU
 matrix: $(VENV)/.development ## every shape of code and data in every build, patched live (half an hour)
 	@bash .ci/tools all
 	@LIVEGRAFT_MATRIX=1 $(RUN) -m pytest -s tests/live/test_coverage_shapes.py tests/live/test_toolchains.py tests/live/test_tls.py \
-		tests/live/test_imports.py -k 'no_build_of_a_shape or toolchain or change_places or import_is_bound' $(ARGS)
+		tests/live/test_imports.py tests/live/test_end_to_end.py \
+		-k 'no_build_of_a_shape or toolchain or change_places or import_is_bound or comes_and_goes' $(ARGS)
 
 bench: $(VENV)/.development ## diff beside objdump -d, and the pause beside a C program and gdb (ARGS=differ|pause for one, ROUNDS=n)
 	@bash .ci/tools all

@@ -106,14 +106,14 @@ def _die_at(pid: int, built: Versions, operation: str, number: int) -> None:
 
 
 BUILDS = {
-    "static": ("gcc", "-static"),
-    "static-pie": ("gcc", "-static-pie"),
+    "static": ("gcc", "-static", "-DROOM"),
+    "static-pie": ("gcc", "-static-pie", "-DROOM"),
     "no-pie": ("gcc", "-no-pie"),
     "cet": ("gcc", "-fcf-protection=full"),
     "avx512": ("gcc", "-mavx512f", "-mprefer-vector-width=512", "-O3"),
     "clang": ("clang", "-Wno-unused-command-line-argument"),
     "clang, cet": ("clang", "-fcf-protection=full", "-Wno-unused-command-line-argument"),
-    "clang, static": ("clang", "-static", "-Wno-unused-command-line-argument"),
+    "clang, static": ("clang", "-static", "-DROOM", "-Wno-unused-command-line-argument"),
 }
 
 
@@ -131,7 +131,7 @@ def test_every_kind_of_program_is_patched_and_keeps_its_state(cache_folder: Path
         kept(program)
 
 
-@pytest.mark.parametrize("link", [(), ("-static",)], ids=["dynamic", "static"])
+@pytest.mark.parametrize("link", [(), ("-static", "-DROOM")], ids=["dynamic", "static"])
 def test_a_program_of_another_c_library_is_patched(cache_folder: Path, link: tuple[str, ...]) -> None:
     """musl: another linker, another way to make threads, no rseq; static, nothing of a library is there."""
     if shutil.which("musl-gcc") is None:
