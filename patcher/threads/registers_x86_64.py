@@ -93,6 +93,8 @@ RAX, RSP, RIP, FS_BASE = (getattr(Registers, name).offset // 8 for name in ("rax
 """Places of registers among the words of ``Registers``."""
 PLAIN_EINTR_RESULT = _WORD - _EINTR
 """rax of a thread whose system call answers EINTR."""
+RESTART_RESULT = _WORD - _ERESTART_RESTARTBLOCK
+"""rax of a thread whose system call goes on by restart_syscall(2): a relative wait that knows what is left of it."""
 
 # Calls that fail with a plain EINTR when they are disturbed without a handler, from signal(7), "Interruption
 # of system calls and library functions by stop signals", the kernel source beside each, and a trial of each with
@@ -172,6 +174,19 @@ def without_spurious_eintr(registers: Registers, is_socket: IsSocket) -> Registe
     if registers.rax != _WORD - _EINTR or registers.cs != USER_CODE_64:
         return None
     if not _has_done_nothing(registers, is_socket):
+        return None
+    fixed = registers.copy()
+    fixed.rax = _WORD - _ERESTARTNOHAND
+    return fixed
+
+
+def made_anew(registers: Registers) -> Registers | None:
+    """Return the registers with which a call is made anew that would go on by restart_syscall(2), or None.
+
+    For a thread under a filter (seccomp(2)), which is asked for that number, too, and which kills where its author has
+    not thought of it, as sshd's does. What is waited for begins anew with its whole timeout.
+    """
+    if registers.rax != RESTART_RESULT or registers.cs != USER_CODE_64 or not registers.in_syscall:
         return None
     fixed = registers.copy()
     fixed.rax = _WORD - _ERESTARTNOHAND

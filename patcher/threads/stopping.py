@@ -30,11 +30,11 @@ from elfdiff.errors import BadInput, LivegraftError
 from ..interruption import deferred, heed
 from ..process import obstacles
 from ..process.proc import addressees, executed_another_program, thread_count, thread_ids
-from ..process.surroundings import waiting_place
+from ..process.surroundings import filtered_threads, waiting_place
 from . import batch, ptrace, tracees
 from .batch import Step
 from .quiet import Undisturbed
-from .registers_x86_64 import PLAIN_EINTR_RESULT, RAX, Registers
+from .registers_x86_64 import PLAIN_EINTR_RESULT, RAX, RESTART_RESULT, Registers
 from .stopped import StoppedThread, StoppedThreads
 from .tracees import GONE, Stop, StopKind
 
@@ -87,6 +87,7 @@ def seize(pid: int) -> SeizedProcess:
     tracees.release_abandoned()
     tracees.require_traceable(pid)
     process = SeizedProcess(pid)
+    process._filtered = bool(filtered_threads(pid))
     # Stopped by Ctrl-Z between seizing and stopping, we would hold every thread that receives a signal.
     process._deferral.enter_context(deferred())
     try:
@@ -118,6 +119,7 @@ class SeizedProcess:
         self._stops: dict[int, Stop] = {}
         self._dead: set[int] = set()
         self._threads: Sequence[StoppedThread] = ()
+        self._filtered = False  # whether any of them is under seccomp(2)
         self._began = 0
         self._quiet: Undisturbed | None = None
         self._deferral = ExitStack()
@@ -159,7 +161,8 @@ class SeizedProcess:
         try:
             self.realtime = self._quiet.realtime
             with tracees.reaping(lambda: tuple(self._running)) if self._last else nullcontext():
-                step = self._make(quick) if quick is not None else None
+                # Which calls a filter punishes is Python's to mind (``tracees.repair``).
+                step = self._make(quick) if quick is not None and not self._filtered else None
                 if quick is not None and step is Step.DONE:
                     self._end(quick)
                     return True
@@ -300,9 +303,12 @@ class SeizedProcess:
     def _repair_all(self, found: StoppedThreads) -> bool:
         """``repair`` every thread; false if one has been killed meanwhile."""
         disturbed = found.words[:, RAX] == PLAIN_EINTR_RESULT
+        if self._filtered:
+            disturbed |= found.words[:, RAX] == RESTART_RESULT
         for index in disturbed.nonzero()[0].tolist() if disturbed.any() else ():
             try:
-                tracees.repair(found.tids[index], found.registers[index], self._stops[found.tids[index]])
+                tid = found.tids[index]
+                tracees.repair(tid, found.registers[index], self._stops[tid], self._filtered)
             except ptrace.PtraceFailed as error:
                 if not error.gone:
                     raise
@@ -315,7 +321,7 @@ class SeizedProcess:
             registers = buffer[len(found)]
             try:
                 ptrace.read_registers_into(tid, registers)
-                tracees.repair(tid, registers, self._stops[tid])
+                tracees.repair(tid, registers, self._stops[tid], self._filtered)
             except ptrace.PtraceFailed as error:
                 if not error.gone:
                     raise

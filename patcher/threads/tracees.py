@@ -27,7 +27,7 @@ from ..process import fitness, obstacles
 from ..process.proc import ProcessStatus, is_leaving, is_socket, status
 from . import batch, ptrace
 from .quiet import ticking
-from .registers_x86_64 import Registers, without_spurious_eintr
+from .registers_x86_64 import RESTART_RESULT, Registers, made_anew, without_spurious_eintr
 
 _WALL = 0x40000000  # __WALL, wait(2): also children that are threads
 _EVENT_STOP = 128  # PTRACE_EVENT_STOP, include/uapi/linux/ptrace.h
@@ -304,8 +304,9 @@ def reaping(held: Callable[[], Collection[int]] = tuple) -> Iterator[None]:
         helper.join()
 
 
-def repair(tid: int, registers: Registers, stop: Stop) -> None:
-    """Keep a stop from being seen as EINTR: write the registers that do, in the thread and in ``registers``.
+def repair(tid: int, registers: Registers, stop: Stop, filtered: bool = True) -> None:
+    """Keep a stop from being seen as EINTR, and from being punished: write the registers that do, in the thread and in
+    ``registers``. ``filtered``: whether the thread may be under a filter (``made_anew``).
 
     At once and not on detach: if this process is killed from then on, the program sees no EINTR.
     Raises PtraceFailed.
@@ -313,6 +314,8 @@ def repair(tid: int, registers: Registers, stop: Stop) -> None:
     if stop.kind not in (StopKind.INTERRUPTED, StopKind.SIGNAL):
         return
     fixed = without_spurious_eintr(registers, functools.partial(is_socket, tid))
+    if filtered and registers.rax == RESTART_RESULT and status(tid).seccomp:
+        fixed = made_anew(registers)
     if fixed is not None:
         ptrace.write_registers(tid, fixed)
         registers.rax = fixed.rax

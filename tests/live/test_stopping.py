@@ -286,6 +286,30 @@ def test_an_execve_before_the_stop_is_noticed(build: Build) -> None:
 
 
 @pytest.mark.usefixtures("either")
+@pytest.mark.parametrize("call", ["poll", "nanosleep", "clock_nanosleep", "futex"])
+def test_a_filter_that_does_not_know_restart_syscall_has_nothing_to_punish(build: Build, call: str) -> None:
+    """The kernel goes on with these by that call; what sshd's unprivileged child died of, beside an apply."""
+
+    def counts() -> tuple[int, int]:
+        assert target.stdin is not None
+        target.stdin.write("?\n")
+        target.stdin.flush()
+        ended, wrong = map(int, next_line(target).split())
+        return ended, wrong
+
+    with running([build("restarted"), call]) as target:
+        waited = 0
+        for _ in range(100):
+            with seize(target.pid) as process:
+                process.stop()
+                waited += sum(thread.registers.result in (-514, -516) for thread in process.threads)
+        assert waited > 10, "none of the stops was in the middle of a wait"
+        before, wrong = counts()
+        wait_until(lambda: counts()[0] > before + 3, "further waits to end")
+        assert wrong == counts()[1] == 0
+
+
+@pytest.mark.usefixtures("either")
 def test_a_thread_that_cannot_stop_makes_us_busy_and_delays_nobody(build: Build) -> None:
     with running([build("states"), "vfork"]) as target:
         wait_until(lambda: state_of(target.pid) == "D", "the parent to wait in vfork")
