@@ -101,7 +101,9 @@ def suspend(scene: Scene, command: Command, number: int) -> str:
         stopped = patcher.stopped_or_ended()
         if stopped:
             assert_at_liberty(program.pid)
-            program.answers(command.before)
+            version = scene.version_in_force(program)  # the new one where Ctrl-Z came when all was written
+            assert version in (command.before, command.after)
+            program.answers(version)
             os.kill(patcher.pid, signal.SIGCONT)
         said = patcher.wait()
         assert said.status in (0, BUSY), said
