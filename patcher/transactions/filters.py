@@ -84,9 +84,8 @@ def _obstacle(pid: int, name: str, imports: tuple[str, ...], deadline: float) ->
 def filter_programs(pid: int, modes: Mapping[int, int], deadline: float) -> dict[bytes, int]:
     """Return all filters of all threads, each an array of struct sock_filter with one thread that is under it.
 
-    ``modes`` as ``surroundings.seccomp_modes``; ``deadline`` is a time.monotonic() value for all threads to
-    stop. Raises
-    PtraceFailed where the kernel does not show them, otherwise as ``require_calls_pass``.
+    ``modes`` as ``surroundings.seccomp_modes``; ``deadline`` is a time.monotonic() value for all threads to stop.
+    Raises PtraceFailed where the kernel does not show them, otherwise as ``require_calls_pass``.
     """
     look = _Look(modes)
     while True:
