@@ -87,10 +87,10 @@ class _LyingServer:
 
     def _serve(self) -> None:
         connection, _ = self._listener.accept()
+        self._listener.close()  # first: who comes again, however fast, finds nobody
         with connection:
             connection.recv(65536)
             connection.sendall(self._answer)
-        self._listener.close()
 
     def join(self) -> None:
         self._thread.join(10)
