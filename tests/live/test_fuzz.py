@@ -24,7 +24,7 @@ from tests.forkserver import BUG, Outcome, Task, livegraft, run, run_all
 from tests.fuzz import LIFTED, Round, Subject, fuzz, rounds, smaller, subjects
 from tests.mutation import Edit, Mutation, mutation, parts_of
 
-ROUNDS = 120
+ROUNDS = 60
 PATCH_ROUNDS = 100
 APPLY_ROUNDS = 10
 

@@ -40,7 +40,7 @@ pytestmark = pytest.mark.root
 PATIENCE = 120.0
 """Seconds for the functions to be idle: on a busy machine a thread may be put aside inside one of them."""
 SEED = int(os.environ.get("LIVEGRAFT_SEED", time.time_ns() % 1_000_000))
-SAMPLE = int(os.environ.get("LIVEGRAFT_SAMPLE", "3"))
+SAMPLE = int(os.environ.get("LIVEGRAFT_SAMPLE", "2"))
 """Writes of each kind of work in an ordinary run, and one operation more."""
 FEWEST_WRITES = 10
 MOST_IN_C = 600
