@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import textwrap
+from collections.abc import Hashable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 _MOST_SHOWN = 20
 _MOST_FINDINGS = 3
 _FEWEST_TOGETHER = 3  # a server has dozens of modules, of which an upgrade changes some
+_Told = dict[Hashable, int]
+"""What was said already, and of which process: a server may have hundreds of workers that run the same files."""
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
@@ -122,7 +125,8 @@ def _report(group: Group, selection: Selection, upgrade: Upgrade, cache: PatchCa
         "unreadable": upgrade.unreadable,
         "processes": [_json(item, upgrade.done.get(item.process.key)) for item in shown],
     }
-    text = [line for item in shown for line in _lines(item, upgrade.done.get(item.process.key))]
+    told: _Told = {}
+    text = [line for item in shown for line in _lines(item, upgrade.done.get(item.process.key), told)]
     notes = [f"{name} in {cache.folder} could not be believed, and was made again" for name in cache.discarded]
     if upgrade.unreadable:
         notes.append(unreadable_line(upgrade.unreadable))
@@ -178,7 +182,7 @@ def _file_json(item: UpgradedFile) -> dict[str, Any]:
     }
 
 
-def _lines(result: Result, done: Upgraded | None) -> list[str]:
+def _lines(result: Result, done: Upgraded | None, told: _Told) -> list[str]:
     from ..upgrade.upgrading import GOOD, Fate
     from .several import process_lines
     from .shared import safe
@@ -193,19 +197,36 @@ def _lines(result: Result, done: Upgraded | None) -> list[str]:
         lines.append(f"  {len(done.files)} files, patched in one stop{which}")
     same = [item for item in done.files if item.fate is Fate.NOTHING]
     shown = [item for item in done.files if len(same) < _FEWEST_TOGETHER or item not in same]
+    pid = result.process.pid
     if len(shown) < len(done.files):
         names = ", ".join(safe(item.file.path.rpartition("/")[2]) for item in same)
-        text = f"{len(same)} files: nothing to patch ({names})"
+        first = told.setdefault(tuple(item.file for item in same), pid)
+        text = f"{len(same)} files: nothing to patch ({names if first == pid else f'the same as of pid {first}'})"
         lines += textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
-    return lines + [f"  {line}" for item in shown for line in _file_lines(item)]
+    for item in shown:
+        error = item.error  # where it names the process, as of a function that stays live, it is another one each time
+        first = told.setdefault((done.unit, item.file, error.what, error.why), pid) if error else pid
+        lines += [f"  {line}" for line in (_file_lines(item) if first == pid else _as_of(item, first))]
+    return lines
+
+
+def _head(item: UpgradedFile) -> str:
+    from ..upgrade.upgrading import Fate
+    from .shared import safe
+
+    said = {Fate.PATCHABLE: "can be patched", Fate.NOTHING: "nothing to patch", Fate.ALREADY: "patched already"}
+    return f"{safe(item.file.path)}: {said.get(item.fate, item.fate.value.replace('-', ' '))}"
+
+
+def _as_of(item: UpgradedFile, pid: int) -> list[str]:
+    return [f"{_head(item)}, for the same reason as of pid {pid}"]
 
 
 def _file_lines(item: UpgradedFile) -> list[str]:
     from ..upgrade.upgrading import Fate
     from .shared import functions_line, pause_line, safe, warning_lines
 
-    said = {Fate.PATCHABLE: "can be patched", Fate.NOTHING: "nothing to patch", Fate.ALREADY: "patched already"}
-    lines = [f"{safe(item.file.path)}: {said.get(item.fate, item.fate.value.replace('-', ' '))}"]
+    lines = [_head(item)]
     if item.fate is Fate.UNTRIED:
         lines.append("  why        another file of the process cannot be patched; --partial patches what can be")
     else:
