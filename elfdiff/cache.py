@@ -178,8 +178,9 @@ def _name(image: Image) -> str:
 def sources() -> str:
     """A digest of this package's sources: a change to any of them may change what an analysis says."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    package = Path(__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        digest.update(bytes(path.relative_to(package)) + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -104,6 +105,25 @@ def test_another_build_or_another_analysis_has_another_entry(
         monkeypatch.setattr(cache_module, "sources", lambda: "edited")
         cache.code(first)
     assert len(entries(folder)) == 3
+
+
+def test_every_source_of_the_differ_counts_wherever_it_stands(tmp_path: Path) -> None:
+    package = Path(cache_module.__file__).parent
+    shutil.copytree(package, tmp_path / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def digest() -> str:
+        script = "from elfdiff.cache import sources; print(sources())"
+        command = [sys.executable, "-c", script]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    assert digest() == f"{cache_module.sources()}\n"
+    seen = {digest()}
+    for name in ("errors.py", "findings/startup.py", "findings/__init__.py"):
+        with (tmp_path / package.name / name).open("a") as source:
+            source.write("# edited\n")
+        seen.add(digest())
+    (tmp_path / package.name / "findings").joinpath("more.py").touch()
+    assert len(seen | {digest()}) == 5
 
 
 def test_a_build_with_the_id_of_another_is_not_taken_for_it(image: Image, folder: Path) -> None:
