@@ -108,8 +108,9 @@ def size(*paths: Path) -> tuple[int, int]:
     this one must stay small.
     """
     script = (
-        "import sys; from pathlib import Path; from elfdiff.code import load_code; from elfdiff.imagefile import "
-        "load_image; codes = [load_code(load_image(Path(p))) for p in sys.argv[1:]]; "
+        "import sys; from pathlib import Path; from elfdiff.decoding.code import load_code; "
+        "from elfdiff.images.imagefile import load_image; "
+        "codes = [load_code(load_image(Path(p))) for p in sys.argv[1:]]; "
         "print(sum(len(code.raw) for code in codes), sum(map(len, codes)))"
     )
     command = [sys.executable, "-c", script, *map(str, paths)]

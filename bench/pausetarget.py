@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from elfdiff.diff import Options, diff
-from elfdiff.patchfile import read_patch, write_patch
+from elfdiff.patches.patchfile import read_patch, write_patch
 from elfdiff.patchobject import PatchObject
 
 NATIVE = Path(__file__).parent / "native"

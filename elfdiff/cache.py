@@ -28,10 +28,10 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from elfdiff.code import Code, References, code_bytes, load_code
-from elfdiff.decode_x86_64 import Decoded
+from elfdiff.decoding.code import Code, References, code_bytes, load_code
+from elfdiff.decoding.decode_x86_64 import Decoded
 from elfdiff.errors import NotPermitted
-from elfdiff.image import Image
+from elfdiff.images.image import Image
 
 LIMIT = 1 << 30
 """Bytes that all entries together may have; the least recently used go first."""

@@ -11,23 +11,23 @@ from pathlib import Path
 
 import numpy as np
 
+from elfdiff.building.closure import joined
+from elfdiff.building.moves import idle_code
+from elfdiff.building.patchbuild import Draft, build, build_of, draft
+from elfdiff.building.reasons import collect, old_code
+from elfdiff.building.sidebyside import old_codes
 from elfdiff.cache import Cache
-from elfdiff.closure import joined
-from elfdiff.code import Code, load_code
-from elfdiff.comparison import Comparison, changed_functions, compare
-from elfdiff.debugfile import debug_symbols, find_debug_file
-from elfdiff.debuginfo import DebugInfo
+from elfdiff.decoding.code import Code, load_code
+from elfdiff.differences.comparison import Comparison, changed_functions, compare
+from elfdiff.dwarf.debugfile import debug_symbols, find_debug_file
+from elfdiff.dwarf.debuginfo import DebugInfo
 from elfdiff.errors import BadInput, NothingToPatch, Refused
-from elfdiff.evidence import pack
 from elfdiff.findingcodes import MOVED_CODE
 from elfdiff.findings import find
-from elfdiff.image import Image
-from elfdiff.imagefile import load_image
-from elfdiff.moves import idle_code
-from elfdiff.patchbuild import Draft, build, build_of, draft
+from elfdiff.images.image import Image
+from elfdiff.images.imagefile import load_image
+from elfdiff.patches.evidence import pack
 from elfdiff.patchobject import Build, Finding, PatchObject, Reason, Severity
-from elfdiff.reasons import collect, old_code
-from elfdiff.sidebyside import old_codes
 
 MIN_MATCHED = 0.4
 """Share of the larger build's code that must be matched; below it these are two different programs.

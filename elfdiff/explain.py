@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from elfdiff.codediff_x86_64 import Body, Change, Row, compare_code, immediate_differs, read_bodies
 from elfdiff.diff import Options, analyse, summary
+from elfdiff.differences.codediff_x86_64 import Body, Change, Row, compare_code, immediate_differs, read_bodies
 from elfdiff.errors import EXIT_NAMES, BadInput, LivegraftError
-from elfdiff.evidence import Evidence, EvidenceKind, FunctionEvidence, Names, Reference, unpack
-from elfdiff.patchfile import symbol_name
+from elfdiff.patches.evidence import Evidence, EvidenceKind, FunctionEvidence, Names, Reference, unpack
+from elfdiff.patches.patchfile import symbol_name
 from elfdiff.patchobject import (
     RELOCATION_DTYPE,
     Build,

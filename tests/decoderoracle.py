@@ -1,4 +1,4 @@
-"""capstone's reading of instructions, in the terms of ``elfdiff.decode_x86_64``."""
+"""capstone's reading of instructions, in the terms of ``elfdiff.decoding.decode_x86_64``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import capstone
 import numpy as np
 from capstone import x86_const
 
-from elfdiff.decode_x86_64 import RefKind, decode
+from elfdiff.decoding.decode_x86_64 import RefKind, decode
 
 _JUMPS = (x86_const.X86_GRP_JUMP, x86_const.X86_GRP_CALL, x86_const.X86_GRP_BRANCH_RELATIVE)
 

@@ -94,7 +94,7 @@ def run_all(tasks: Iterable[tuple[Key, Task]], jobs: int = 2) -> Iterator[tuple[
 
 def _preload() -> None:
     """What every child needs is imported once."""
-    for name in ("elftools.elf.elffile", "lief", "capstone", "elfdiff.diff", "elfdiff.patchfile", "patcher.cli",
+    for name in ("elftools.elf.elffile", "lief", "capstone", "elfdiff.diff", "elfdiff.patches.patchfile", "patcher.cli",
                  "patcher.commands.diff", "patcher.commands.inspect", "patcher.explanation.as_text", "elfdiff.explain",
                  "patcher.transactions.transaction"):  # fmt: skip
         importlib.import_module(name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from elfdiff.building.patchbuild import Draft
 from elfdiff.findingcodes import ASKING
 from elfdiff.findings import (
     addresses,
@@ -22,7 +23,6 @@ from elfdiff.findings import (
     threads,
     types,
 )
-from elfdiff.patchbuild import Draft
 from elfdiff.patchobject import Finding, Severity
 
 Rule = Callable[[Draft], Iterator[Finding]]

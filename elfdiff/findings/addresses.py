@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from elfdiff.code import LEA, Code, FieldKind
+from elfdiff.building.patchbuild import Draft
+from elfdiff.building.variables import object_at
+from elfdiff.decoding.code import LEA, Code, FieldKind
+from elfdiff.decoding.identity_x86_64 import compared_addresses
 from elfdiff.findings.places import AT_END, AT_START, MANY, called_by, functions, name_at, where
-from elfdiff.identity_x86_64 import compared_addresses
-from elfdiff.image import STT_OBJECT, Image, Kind, SymbolTable
-from elfdiff.patchbuild import Draft
+from elfdiff.images.image import STT_OBJECT, Image, Kind, SymbolTable
 from elfdiff.patchobject import Finding, Severity
-from elfdiff.variables import object_at
 
 MAX_DISTANCE = 1 << 40
 """No image is larger."""

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from elfdiff.code import LEA, TRANSFERS
+from elfdiff.building.patchbuild import Draft
+from elfdiff.decoding.code import LEA, TRANSFERS
 from elfdiff.findings.places import MANY, functions
-from elfdiff.patchbuild import Draft
 from elfdiff.patchobject import Finding, Severity
 
 CLONES = (".isra.", ".constprop.", ".part.")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from elfdiff.classes import differing_classes
+from elfdiff.building.patchbuild import Draft
+from elfdiff.differences.classes import differing_classes
 from elfdiff.findings.places import MANY
-from elfdiff.patchbuild import Draft
 from elfdiff.patchobject import Finding, Severity
 
 

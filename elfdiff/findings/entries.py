@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from elfdiff.building.patchbuild import Draft
+from elfdiff.decoding.jumptables_x86_64 import kept_labels
 from elfdiff.findings.places import MANY, functions, where
-from elfdiff.image import PAGE
-from elfdiff.jumptables_x86_64 import kept_labels
-from elfdiff.patchbuild import Draft
+from elfdiff.images.image import PAGE
 from elfdiff.patchobject import ENTRY_JUMP_SIZE, Finding, PatchFunction, Severity
 
 STACK_SWITCHERS = frozenset(("makecontext", "swapcontext", "setcontext"))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from elfdiff.building.patchbuild import Draft
 from elfdiff.findings.places import members
-from elfdiff.patchbuild import Draft
 from elfdiff.patchobject import Finding, Severity
 
 

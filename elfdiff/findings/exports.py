@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from elfdiff.building.patchbuild import Draft
 from elfdiff.findings.places import MANY
-from elfdiff.image import STT_FUNC, STT_GNU_IFUNC, STT_OBJECT, Export, Image
-from elfdiff.patchbuild import Draft
+from elfdiff.images.image import STT_FUNC, STT_GNU_IFUNC, STT_OBJECT, Export, Image
 from elfdiff.patchobject import Finding, Severity
 
 _FUNCTIONS = (STT_FUNC, STT_GNU_IFUNC)

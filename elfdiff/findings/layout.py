@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 
+from elfdiff.building.patchbuild import Draft
 from elfdiff.findings.places import functions
-from elfdiff.patchbuild import Draft
 from elfdiff.patchobject import Finding, Severity
 
 MIN_LAYOUT_TRACES = 2

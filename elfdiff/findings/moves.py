@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from elfdiff.building.moves import Move
+from elfdiff.building.patchbuild import Draft
 from elfdiff.findings.places import MANY
-from elfdiff.moves import Move
-from elfdiff.patchbuild import Draft
 from elfdiff.patchobject import Finding, Severity
 
 _SHOWN = 3

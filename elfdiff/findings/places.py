@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from elfdiff.image import Image
-from elfdiff.patchbuild import Draft
+from elfdiff.building.patchbuild import Draft
+from elfdiff.images.image import Image
 from elfdiff.patchobject import PatchFunction
 
 AT_START, AT_END = (".preinit_array", ".init_array"), (".fini_array",)

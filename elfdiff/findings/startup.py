@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from elfdiff.building.patchbuild import Draft
 from elfdiff.findings.places import AT_END, AT_START, MANY, called_by, members
-from elfdiff.image import R_X86_64_IRELATIVE, STT_GNU_IFUNC
-from elfdiff.patchbuild import Draft
+from elfdiff.images.image import R_X86_64_IRELATIVE, STT_GNU_IFUNC
 from elfdiff.patchobject import Finding, Reason, Severity
 
 

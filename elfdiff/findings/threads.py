@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from elfdiff.building.patchbuild import Draft
+from elfdiff.building.variables import OldVariable
+from elfdiff.differences.threadlocal_x86_64 import unproved
 from elfdiff.findings.places import MANY, functions
-from elfdiff.image import Kind, ThreadLocal, TlsTemplate
-from elfdiff.patchbuild import Draft
+from elfdiff.images.image import Kind, ThreadLocal, TlsTemplate
 from elfdiff.patchobject import Finding, Severity
-from elfdiff.threadlocal_x86_64 import unproved
-from elfdiff.variables import OldVariable
 
 _NUMBERED = re.compile(r"\.\d+$")
 """Compilers number static variables of functions; the number changes with the code around."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from elfdiff.building.patchbuild import Draft
+from elfdiff.differences.typecomparison import TypeChange
 from elfdiff.findings.places import MANY, functions
-from elfdiff.patchbuild import Draft
 from elfdiff.patchobject import Finding, Severity
-from elfdiff.typecomparison import TypeChange
 
 
 def struct_layout(draft: Draft) -> Iterator[Finding]:

@@ -48,7 +48,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Report:
     """Apply."""
-    from elfdiff.patchfile import read_patch
+    from elfdiff.patches.patchfile import read_patch
 
     from ..transactions import transaction
     from ..transactions.units import patches_of

@@ -41,7 +41,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Report:
     """Look."""
-    from elfdiff.patchfile import read_patch
+    from elfdiff.patches.patchfile import read_patch
 
     from ..pausing.conditions import Conditions
     from ..transactions import transaction

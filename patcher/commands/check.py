@@ -40,8 +40,8 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Report:
     """Check."""
-    from elfdiff.patchfile import read_patch
-    from elfdiff.secondopinion import confirm_with_lief
+    from elfdiff.patches.patchfile import read_patch
+    from elfdiff.patches.secondopinion import confirm_with_lief
 
     from ..transactions import transaction
     from ..transactions.units import patches_of

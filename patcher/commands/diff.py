@@ -87,7 +87,7 @@ def comparison_options(arguments: argparse.Namespace) -> Options:
 def run(arguments: argparse.Namespace) -> Report:
     """Compare and write."""
     from elfdiff.diff import diff, summary
-    from elfdiff.patchfile import require_output, write_patch
+    from elfdiff.patches.patchfile import require_output, write_patch
     from patcher.explanation.words import functions_line
 
     require_output(arguments.output, (arguments.old, arguments.new))

@@ -49,7 +49,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Report:
     """Read or compare, and show."""
     from elfdiff.explain import select
-    from elfdiff.patchfile import require_output
+    from elfdiff.patches.patchfile import require_output
     from patcher.explanation.as_json import explanation_json, listings_json
     from patcher.explanation.as_text import listings, overview
 
@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> Report:
 def _explanation(arguments: argparse.Namespace) -> Explanation:
     from elfdiff.errors import BadInput
     from elfdiff.explain import explain, explain_pair
-    from elfdiff.patchfile import read_patch
+    from elfdiff.patches.patchfile import read_patch
 
     options = comparison_options(arguments)
     if arguments.new is not None:

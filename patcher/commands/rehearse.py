@@ -26,7 +26,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Report:
     """Rehearse."""
-    from elfdiff.patchfile import require_output
+    from elfdiff.patches.patchfile import require_output
 
     from ..rehearsal.file import read_rehearsal
     from ..rehearsal.rehearsing import rehearse
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> Report:
 
 
 def _write(path: Path | None, report: bytes) -> None:
-    from elfdiff.patchfile import write_whole
+    from elfdiff.patches.patchfile import write_whole
 
     if path is not None:
         write_whole(path, report, "report", "name a file in a folder that exists and that you may write to")

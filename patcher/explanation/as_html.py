@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from elfdiff.explain import ExplainedFunction, Explanation
-from elfdiff.patchfile import require_output, write_whole
+from elfdiff.patches.patchfile import require_output, write_whole
+from elfdiff.patches.quoting import printable
 from elfdiff.patchobject import Finding, Severity
-from elfdiff.quoting import printable
 from patcher.explanation.listing import Cell, Line, listing
 from patcher.explanation.page import SCRIPT, STYLE
 from patcher.explanation.words import (

@@ -6,10 +6,10 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from elfdiff.codediff_x86_64 import Change
+from elfdiff.differences.codediff_x86_64 import Change
 from elfdiff.explain import ExplainedFunction, Explanation
+from elfdiff.patches.quoting import printable
 from elfdiff.patchobject import Finding
-from elfdiff.quoting import printable
 from patcher.explanation.listing import Cell, Line, listing
 from patcher.explanation.words import (
     adds_line,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from elfdiff.codediff_x86_64 import Body, Change, texts
+from elfdiff.differences.codediff_x86_64 import Body, Change, texts
 from elfdiff.explain import ExplainedFunction
 
 MIN_FOLD = 2

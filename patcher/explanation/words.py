@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from elfdiff.evidence import Evidence, EvidenceKind, Names
 from elfdiff.explain import CodeCounts, ExplainedFunction, Explanation
-from elfdiff.quoting import printable
+from elfdiff.patches.evidence import Evidence, EvidenceKind, Names
+from elfdiff.patches.quoting import printable
 
 REFERENCE_NAMES = {
     Names.FUNCTION: "functions",

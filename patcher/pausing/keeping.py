@@ -1,8 +1,8 @@
 """Old code that threads may finish while a patch is in force: what ``--keep-live`` names, and who is in it.
 
 A function that never returns would keep its patch out for ever. Where the patch says that its old code can stand beside
-the new code of all others (``elfdiff.sidebyside``), a thread may stay in it: its entry is redirected like any other,
-so each new call runs the new code, and only the bytes of the entry jump must be free.
+the new code of all others (``elfdiff.building.sidebyside``), a thread may stay in it: its entry is redirected like any
+other, so each new call runs the new code, and only the bytes of the entry jump must be free.
 """
 
 from __future__ import annotations

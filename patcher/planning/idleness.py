@@ -16,12 +16,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from elfdiff.closure import neighbours, together
-from elfdiff.code import Code, load_code
-from elfdiff.debugfile import debug_symbols, find_debug_file
+from elfdiff.building.closure import neighbours, together
+from elfdiff.decoding.code import Code, load_code
+from elfdiff.decoding.jumptables_x86_64 import find_jump_tables
+from elfdiff.dwarf.debugfile import debug_symbols, find_debug_file
 from elfdiff.errors import BadInput, NotPermitted, Refused
-from elfdiff.imagefile import load_image
-from elfdiff.jumptables_x86_64 import find_jump_tables
+from elfdiff.images.imagefile import load_image
 
 from ..process.modules import Module
 from ..process.proc import by_living_thread

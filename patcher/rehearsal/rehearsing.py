@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 
 from elfdiff.diff import Options, diff
 from elfdiff.errors import EXIT_NAMES, Interrupted, LivegraftError, NothingToPatch
-from elfdiff.patchfile import write_patch
+from elfdiff.patches.patchfile import write_patch
 from elfdiff.patchobject import PatchObject
 
 from ..interruption import deferred, heed

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from elfdiff.cursor import ReadBytes
 from elfdiff.errors import LivegraftError, NotPermitted
+from elfdiff.unwinding.cursor import ReadBytes
 
 from ..process.memory import Memory
 from ..process.proc import Mapping, by_living_thread, code_lines, code_size, mappings, open_proc_file, start_stack

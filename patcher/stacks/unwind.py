@@ -17,10 +17,10 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
-from elfdiff.cfi import CallFrames, Rule, RuleKind, UnwindRow
-from elfdiff.cursor import ReadBytes
-from elfdiff.dwarfexpression import evaluate
 from elfdiff.errors import BadInput, LivegraftError
+from elfdiff.unwinding.cfi import CallFrames, Rule, RuleKind, UnwindRow
+from elfdiff.unwinding.cursor import ReadBytes
+from elfdiff.unwinding.dwarfexpression import evaluate
 
 from ..threads.registers_x86_64 import USER_CODE_64, Registers
 from .frames_x86_64 import CALL_CLOBBERED, RED_ZONE, RETURN_ADDRESS, RSP, dwarf_registers

@@ -6,9 +6,9 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from elfdiff.cursor import ReadBytes
-from elfdiff.ehframe import FdeTable, read_fde_table, scan_eh_frame
 from elfdiff.errors import BadInput
+from elfdiff.unwinding.cursor import ReadBytes
+from elfdiff.unwinding.ehframe import FdeTable, read_fde_table, scan_eh_frame
 
 from ..process.memory import Memory
 from ..process.modules import PT_GNU_EH_FRAME, PT_LOAD, Module, modules

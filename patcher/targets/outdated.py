@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
-from elfdiff.elffile import open_elf
 from elfdiff.errors import BadInput, NotPermitted, Refused
+from elfdiff.images.elffile import open_elf
 
 from ..process.memory import Memory
 from ..process.modules import PT_NOTE, Module, build_id_in_notes, modules

@@ -17,9 +17,9 @@ from pathlib import Path
 from types import TracebackType
 
 from elfdiff.cache import STALE, own_folder, sources
-from elfdiff.debugfile import SYSTEM_DIRECTORY
+from elfdiff.dwarf.debugfile import SYSTEM_DIRECTORY
 from elfdiff.errors import BadInput, LivegraftError
-from elfdiff.patchfile import MAX_FILE, read_patch, write_patch
+from elfdiff.patches.patchfile import MAX_FILE, read_patch, write_patch
 from elfdiff.patchobject import FORMAT_VERSION, PatchObject
 
 from ..process.upgradefiles import FilePair

@@ -23,8 +23,8 @@ from typing import Any, TypeVar
 import pytest
 
 from elfdiff.errors import BadInput
-from elfdiff.patchfile import write_patch
-from elfdiff.secondopinion import confirm_with_lief
+from elfdiff.patches.patchfile import write_patch
+from elfdiff.patches.secondopinion import confirm_with_lief
 from fixtures.hearing import PATIENCE
 from fixtures.intact import altered_code
 from patcher import cli, seam

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 from elfdiff.diff import Options, diff
-from elfdiff.patchfile import read_patch, write_patch
+from elfdiff.patches.patchfile import read_patch, write_patch
 from elfdiff.patchobject import PatchObject, Severity
 from fixtures.hearing import next_line
 from fixtures.intact import altered_code, writable_and_executable

@@ -290,9 +290,9 @@ def test_a_file_that_changes_while_it_is_read_is_named(change: str, good: Good) 
     path = written("changing", good.new.read_bytes())(good)
 
     def compare(work: Path) -> int:
-        import elfdiff.imagefile
+        import elfdiff.images.imagefile
 
-        load = elfdiff.imagefile._Reader._load
+        load = elfdiff.images.imagefile._Reader._load
 
         def slowly(reader: object) -> object:
             with path.open("r+b") as stream:
@@ -300,7 +300,7 @@ def test_a_file_that_changes_while_it_is_read_is_named(change: str, good: Good) 
             os.utime(path, ns=(0, 1))
             return load(reader)  # type: ignore[arg-type]
 
-        elfdiff.imagefile._Reader._load = slowly  # type: ignore[assignment,method-assign]
+        elfdiff.images.imagefile._Reader._load = slowly  # type: ignore[assignment,method-assign]
         return livegraft("diff", path, good.old, "-o", work / "patch")
 
     clear(run(compare), 2, "changed while it was read")

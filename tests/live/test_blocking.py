@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from elfdiff.errors import Busy
-from elfdiff.patchfile import read_patch, write_patch
+from elfdiff.patches.patchfile import read_patch, write_patch
 from fixtures.intact import altered_code
 from patcher.cli import main
 from patcher.pausing import liveness

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from elfdiff.errors import NotPermitted
-from elfdiff.patchfile import write_patch
+from elfdiff.patches.patchfile import write_patch
 from patcher.cli import VERBS
 from patcher.commands import apply as apply_verb
 from patcher.transactions.transaction import apply

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from elfdiff.errors import Busy, LivegraftError, Refused
-from elfdiff.patchfile import write_patch
+from elfdiff.patches.patchfile import write_patch
 from elfdiff.patchobject import PatchObject
 from fixtures.hearing import next_line
 from fixtures.intact import altered_code

@@ -20,7 +20,7 @@ import pytest
 
 from elfdiff.diff import Options, diff
 from elfdiff.errors import Busy, LivegraftError, NotPermitted, Refused
-from elfdiff.patchfile import read_patch, write_patch
+from elfdiff.patches.patchfile import read_patch, write_patch
 from elfdiff.patchobject import PatchObject
 from fixtures import seccomp
 from fixtures.hearing import PATIENCE, next_line

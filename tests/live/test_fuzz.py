@@ -16,7 +16,7 @@ from random import Random
 
 import pytest
 
-from elfdiff.patchfile import DIGEST_SIZE, read_patch
+from elfdiff.patches.patchfile import DIGEST_SIZE, read_patch
 from fixtures.daemon import probe, run_kv
 from fixtures.intact import altered_code, mappings
 from tests.compile import Compiler

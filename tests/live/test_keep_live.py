@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from elfdiff.errors import BadInput, Busy, Refused, TargetDamaged
-from elfdiff.patchfile import write_patch
+from elfdiff.patches.patchfile import write_patch
 from elfdiff.patchobject import PatchObject
 from fixtures.intact import altered_code
 from patcher.cli import main

@@ -18,7 +18,7 @@ import pytest
 
 from elfdiff.diff import Options, diff
 from elfdiff.errors import LivegraftError
-from elfdiff.patchfile import write_patch
+from elfdiff.patches.patchfile import write_patch
 from elfdiff.patchobject import PatchObject
 from fixtures.daemon import PROBES, Daemon, probe, run_kv
 from fixtures.intact import altered_code, writable_and_executable

@@ -19,7 +19,7 @@ import pytest
 
 from elfdiff.diff import Options, diff
 from elfdiff.errors import BadInput, Busy
-from elfdiff.patchfile import read_patch, write_patch
+from elfdiff.patches.patchfile import read_patch, write_patch
 from elfdiff.patchobject import PatchObject, Severity
 from fixtures.hearing import PATIENCE, next_line
 from fixtures.intact import altered_code

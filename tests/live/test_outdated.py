@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from elfdiff.diff import Options, diff
-from elfdiff.patchfile import write_patch
+from elfdiff.patches.patchfile import write_patch
 from fixtures.daemon import Daemon, run_kv
 from fixtures.hearing import next_line
 from patcher.process.packages import owners

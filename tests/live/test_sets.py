@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from elfdiff.errors import BadInput, Busy, NotConcerned, Refused
-from elfdiff.patchfile import write_patch
+from elfdiff.patches.patchfile import write_patch
 from fixtures.intact import altered_code, writable_and_executable
 from patcher.records.record import State
 from patcher.transactions.inspection import inspect_process

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from elfdiff.errors import BadInput, Busy, LivegraftError
-from elfdiff.patchfile import write_patch
+from elfdiff.patches.patchfile import write_patch
 from elfdiff.patchobject import PatchObject
 from fixtures.hearing import next_line
 from fixtures.intact import altered_code

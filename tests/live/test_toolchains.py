@@ -16,7 +16,7 @@ import pytest
 
 from elfdiff.diff import Options, diff
 from elfdiff.errors import Busy, Refused
-from elfdiff.patchfile import read_patch, write_patch
+from elfdiff.patches.patchfile import read_patch, write_patch
 from fixtures.build import KV_SOURCES, Variant, build
 from fixtures.daemon import PROBES, KvClient, probe, run_kv
 from fixtures.intact import altered_code, writable_and_executable

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from elfdiff.ehframe import read_fde_table
+from elfdiff.unwinding.ehframe import read_fde_table
 from fixtures.stacks import Stacks, compile_program, run_stacks
 from patcher.process.memory import Memory
 from patcher.process.proc import mappings

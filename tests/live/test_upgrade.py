@@ -15,7 +15,7 @@ import pytest
 
 from elfdiff import diff as differ
 from elfdiff.diff import Options
-from elfdiff.imagefile import load_image
+from elfdiff.images.imagefile import load_image
 from elfdiff.patchobject import PatchObject
 from fixtures.build import DEFAULT
 from fixtures.daemon import PROBES, Daemon, probe, run_kv

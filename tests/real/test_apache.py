@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from elfdiff.diff import summary
-from elfdiff.patchfile import read_patch
+from elfdiff.patches.patchfile import read_patch
 from fixtures.apache import LOADED, MODULES, PROGRAM, HttpServer, get, run_apache
 from fixtures.clients import Clients
 from fixtures.debian import Unpacked

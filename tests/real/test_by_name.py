@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from elfdiff.code import load_code
-from elfdiff.comparison import compare
-from elfdiff.imagefile import load_image
+from elfdiff.decoding.code import load_code
+from elfdiff.differences.comparison import compare
+from elfdiff.images.imagefile import load_image
 from fixtures import recipes
 from fixtures.source import Built, Recipe, before_and_after
 from tests.real.conftest import available

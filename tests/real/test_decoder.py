@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from elfdiff.code import Code, load_code
-from elfdiff.imagefile import load_image
+from elfdiff.decoding.code import Code, load_code
+from elfdiff.images.imagefile import load_image
 from tests.decoderoracle import ByUs, all_by_capstone, disassembler
 from tests.objdumporacle import NOTHING, listing
 from tests.real.conftest import Pair

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from elfdiff.diff import Options, diff
-from elfdiff.evidence import EvidenceKind
 from elfdiff.explain import ExplainedFunction, Explanation, explain, explain_pair
-from elfdiff.image import Kind
-from elfdiff.imagefile import load_image
-from elfdiff.patchfile import read_patch, write_patch
+from elfdiff.images.image import Kind
+from elfdiff.images.imagefile import load_image
+from elfdiff.patches.evidence import EvidenceKind
+from elfdiff.patches.patchfile import read_patch, write_patch
 from fixtures.debian import Unpacked
 from patcher.explanation.as_html import page
 from patcher.explanation.words import sentences

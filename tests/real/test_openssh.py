@@ -18,7 +18,7 @@ from typing import Self
 import pytest
 
 from elfdiff.diff import summary
-from elfdiff.patchfile import read_patch
+from elfdiff.patches.patchfile import read_patch
 from fixtures import recipes
 from fixtures.clients import Clients
 from fixtures.debian import Unpacked, library_path

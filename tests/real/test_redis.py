@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from elfdiff.diff import summary
-from elfdiff.patchfile import read_patch
+from elfdiff.patches.patchfile import read_patch
 from fixtures.debian import Unpacked
 from fixtures.dialects import RespError
 from fixtures.intact import altered_code, mappings, writable_and_executable

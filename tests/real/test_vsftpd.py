@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from elfdiff.diff import summary
-from elfdiff.patchfile import read_patch
+from elfdiff.patches.patchfile import read_patch
 from fixtures import recipes
 from fixtures.clients import Clients
 from fixtures.intact import altered_code

@@ -12,7 +12,7 @@ from types import TracebackType
 
 from elfdiff.diff import Options, diff
 from elfdiff.errors import Busy, LivegraftError, NothingToPatch, Refused
-from elfdiff.patchfile import read_patch, write_patch
+from elfdiff.patches.patchfile import read_patch, write_patch
 from elfdiff.patchobject import PatchObject, Severity
 from fixtures.hearing import next_line
 from fixtures.intact import altered_code

@@ -12,17 +12,17 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from elfdiff.cfi import CallFrames
-from elfdiff.cursor import Cursor
-from elfdiff.dwarfexpression import evaluate
-from elfdiff.ehframe import read_fde_table, scan_eh_frame
-from elfdiff.elffile import EHDR, MAX_NAME, PHDR, SHDR, Strings
 from elfdiff.errors import BadInput, LivegraftError, Refused
-from elfdiff.imagefile import _unpack_relr, load_image
-from elfdiff.lsda import read_pointer
-from elfdiff.patchcheck import decoded, decoded_all
-from elfdiff.patchfile import read_patch
+from elfdiff.images.elffile import EHDR, MAX_NAME, PHDR, SHDR, Strings
+from elfdiff.images.imagefile import _unpack_relr, load_image
+from elfdiff.patches.patchcheck import decoded, decoded_all
+from elfdiff.patches.patchfile import read_patch
 from elfdiff.patchobject import Build, CheckedRange, Finding, Import, PatchFunction
+from elfdiff.unwinding.cfi import CallFrames
+from elfdiff.unwinding.cursor import Cursor
+from elfdiff.unwinding.dwarfexpression import evaluate
+from elfdiff.unwinding.ehframe import read_fde_table, scan_eh_frame
+from elfdiff.unwinding.lsda import read_pointer
 
 WORD = st.integers(0, (1 << 64) - 1)
 KINDS = (Build, PatchFunction, CheckedRange, Import, Finding)

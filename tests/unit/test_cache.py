@@ -16,12 +16,12 @@ import pytest
 
 from elfdiff import cache as cache_module
 from elfdiff.cache import Cache
-from elfdiff.code import Code, load_code
+from elfdiff.decoding.code import Code, load_code
 from elfdiff.diff import Options, diff
 from elfdiff.errors import LivegraftError, NotPermitted
-from elfdiff.image import Image
-from elfdiff.imagefile import load_image
-from elfdiff.patchfile import write_patch
+from elfdiff.images.image import Image
+from elfdiff.images.imagefile import load_image
+from elfdiff.patches.patchfile import write_patch
 from fixtures.hearing import next_line
 from patcher.commands import diff as command
 from tests.compile import Compiler
@@ -181,7 +181,7 @@ def test_an_entry_that_disappears_is_made_again(image: Image, folder: Path) -> N
 def test_two_processes_at_once(path: Path, folder: Path) -> None:
     script = (
         "import sys; from pathlib import Path\n"
-        "from elfdiff.cache import Cache; from elfdiff.imagefile import load_image\n"
+        "from elfdiff.cache import Cache; from elfdiff.images.imagefile import load_image\n"
         "image = load_image(Path(sys.argv[1])); print('ready', flush=True); sys.stdin.readline()\n"
         "with Cache(Path(sys.argv[2])) as cache:\n"
         "    for _ in range(20):\n"

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from elftools.elf.elffile import ELFFile
 
-from elfdiff.code import Code, FieldKind, load_code
-from elfdiff.imagefile import load_image
+from elfdiff.decoding.code import Code, FieldKind, load_code
+from elfdiff.images.imagefile import load_image
 from fixtures.build import KV_SOURCES
 from tests.compile import LINKS, Compiler
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from elfdiff.debugfile import debug_symbols, find_debug_file
-from elfdiff.debuginfo import DebugInfo
 from elfdiff.diff import Options, diff
+from elfdiff.dwarf.debugfile import debug_symbols, find_debug_file
+from elfdiff.dwarf.debuginfo import DebugInfo
 from elfdiff.errors import BadInput, LivegraftError, Refused
-from elfdiff.image import Image
-from elfdiff.imagefile import load_image
+from elfdiff.images.image import Image
+from elfdiff.images.imagefile import load_image
 from tests.compile import Compiler
 from tests.verdict import PRELUDE, judge, program
 

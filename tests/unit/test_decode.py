@@ -8,7 +8,7 @@ from elftools.elf.elffile import ELFFile
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from elfdiff.decode_x86_64 import decode, instruction_starts
+from elfdiff.decoding.decode_x86_64 import decode, instruction_starts
 from tests.decoderoracle import ByUs, by_capstone, disassembler
 
 CAPSTONE = disassembler()
@@ -87,7 +87,7 @@ def test_any_bytes_are_decoded_within_bounds(raw: bytes) -> None:
 
 @pytest.mark.parametrize("chunk_edge", [-3, -1, 0, 1])
 def test_an_instruction_across_the_edge_of_a_chunk_is_read_whole(chunk_edge: int) -> None:
-    from elfdiff.decode_x86_64 import CHUNK
+    from elfdiff.decoding.decode_x86_64 import CHUNK
 
     movabs = bytes.fromhex("48b80102030405060708")
     at = CHUNK + chunk_edge

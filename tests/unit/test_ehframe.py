@@ -14,9 +14,9 @@ from elftools.elf.elffile import ELFFile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elfdiff.cfi import CallFrames
-from elfdiff.ehframe import FdeTable, read_fde_table, scan_eh_frame
 from elfdiff.errors import BadInput
+from elfdiff.unwinding.cfi import CallFrames
+from elfdiff.unwinding.ehframe import FdeTable, read_fde_table, scan_eh_frame
 from fixtures.elfbytes import ElfBytes
 
 SOURCE = Path(__file__).parents[2] / "fixtures" / "unwind" / "shapes.cc"

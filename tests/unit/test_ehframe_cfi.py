@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from elfdiff.cfi import CallFrames, CfaRule, Rule, RuleKind, UnwindRow
-from elfdiff.ehframe import FdeTable, read_fde_table
 from elfdiff.errors import BadInput
+from elfdiff.unwinding.cfi import CallFrames, CfaRule, Rule, RuleKind, UnwindRow
+from elfdiff.unwinding.ehframe import FdeTable, read_fde_table
 from fixtures.elfbytes import ElfBytes
 
 from .test_ehframe import BASE, SOURCE, cie, libc, reader, scan

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elfdiff.dwarfexpression import evaluate
 from elfdiff.errors import BadInput
+from elfdiff.unwinding.dwarfexpression import evaluate
 
 WORD = (1 << 64) - 1
 REGISTERS = {7: 0x7000, 16: 0x1234B}

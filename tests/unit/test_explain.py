@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elfdiff.code import FieldKind
-from elfdiff.codediff_x86_64 import Change, texts
+from elfdiff.decoding.code import FieldKind
 from elfdiff.diff import Options, diff
+from elfdiff.differences.codediff_x86_64 import Change, texts
 from elfdiff.errors import BadInput, NothingToPatch
-from elfdiff.evidence import Evidence, EvidenceKind, FunctionEvidence, Names, Reference, pack, unpack
 from elfdiff.explain import ExplainedFunction, Explanation, explain, explain_pair, select
-from elfdiff.patchfile import read_patch, write_patch
+from elfdiff.patches.evidence import Evidence, EvidenceKind, FunctionEvidence, Names, Reference, pack, unpack
+from elfdiff.patches.patchfile import read_patch, write_patch
+from elfdiff.patches.quoting import MAX_QUOTED, is_text, printable, quote, quote_both
 from elfdiff.patchobject import FORMAT_VERSION, PatchObject
-from elfdiff.quoting import MAX_QUOTED, is_text, printable, quote, quote_both
 from patcher.explanation.words import sentences
 from tests.compile import Compiler
 from tests.verdict import Pair, program
@@ -259,7 +259,7 @@ def test_an_alignment_that_lies_is_bad_input(runs: tuple[tuple[int, int, int], .
 def test_too_much_evidence_is_none(patch: PatchObject, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a reader would not accept is not written."""
     items = unpack(patch.evidence)
-    monkeypatch.setattr("elfdiff.evidence.MAX_UNPACKED", 1000)
+    monkeypatch.setattr("elfdiff.patches.evidence.MAX_UNPACKED", 1000)
     assert pack(items) == b""
     with pytest.raises(BadInput):
         unpack(patch.evidence)

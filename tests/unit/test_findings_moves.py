@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from elfdiff.building.moves import Move
 from elfdiff.diff import Options, analyse, diff
-from elfdiff.moves import Move
 from elfdiff.patchobject import Severity
 from tests.compile import Compiler
 

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from elfdiff.code import load_code
+from elfdiff.decoding.code import load_code
 from elfdiff.diff import Options, diff
 from elfdiff.errors import BadInput, LivegraftError, NothingToPatch, Refused
-from elfdiff.image import Kind
-from elfdiff.imagefile import load_image
+from elfdiff.images.image import Kind
+from elfdiff.images.imagefile import load_image
 from tests.compile import Compiler, altered
 from tests.verdict import program
 

@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 
 from elfdiff.diff import Options, diff
 from elfdiff.errors import BadInput
-from elfdiff.evidence import Evidence, EvidenceKind, Names, Reference, pack, unpack
 from elfdiff.explain import Explanation, explain
-from elfdiff.patchfile import read_patch, write_patch
+from elfdiff.patches.evidence import Evidence, EvidenceKind, Names, Reference, pack, unpack
+from elfdiff.patches.patchfile import read_patch, write_patch
 from patcher.cli import main
 from patcher.explanation.as_html import page
 from patcher.explanation.as_text import Style, listings, overview

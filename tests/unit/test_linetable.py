@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from elfdiff.linetable import LineHeader, rows
+from elfdiff.dwarf.linetable import LineHeader, rows
 from tests.compile import Compiler
 from tests.verdict import PRELUDE
 

@@ -8,11 +8,11 @@ from random import Random
 
 import pytest
 
-from elfdiff.addressmap import Evidence
-from elfdiff.code import load_code
-from elfdiff.comparison import Comparison, compare
-from elfdiff.image import Kind
-from elfdiff.imagefile import load_image
+from elfdiff.correspondence.addressmap import Evidence
+from elfdiff.decoding.code import load_code
+from elfdiff.differences.comparison import Comparison, compare
+from elfdiff.images.image import Kind
+from elfdiff.images.imagefile import load_image
 from fixtures.build import Variant, build_kv, matrix
 from tests.compile import Compiler
 from tests.randomprogram import move_functions, move_variables, random_edit, random_program

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elfdiff import runs
-from elfdiff.pairing import MIN_RUN, distinct
-from elfdiff.runs import Joined, longest_runs
+from elfdiff.correspondence import runs
+from elfdiff.correspondence.pairing import MIN_RUN, distinct
+from elfdiff.correspondence.runs import Joined, longest_runs
 
 sequences = st.lists(st.integers(0, 3), max_size=60)
 

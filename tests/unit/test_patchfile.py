@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from elfdiff.diff import Options, diff
 from elfdiff.errors import BadInput, LivegraftError
-from elfdiff.patchfile import read_patch, write_patch
+from elfdiff.patches.patchfile import read_patch, write_patch
+from elfdiff.patches.secondopinion import confirm, confirm_with_lief
 from elfdiff.patchobject import PatchObject
-from elfdiff.secondopinion import confirm, confirm_with_lief
 from tests.compile import Compiler
 from tests.verdict import program
 

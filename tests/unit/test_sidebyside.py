@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from elfdiff.diff import Options, analyse
-from elfdiff.patchcheck import require_sound
+from elfdiff.patches.patchcheck import require_sound
 from elfdiff.patchobject import PatchObject
 from tests.compile import Compiler
 

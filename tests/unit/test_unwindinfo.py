@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from elfdiff.cfi import CallFrames, CfaRule
-from elfdiff.ehframe import read_fde_table
+from elfdiff.unwinding.cfi import CallFrames, CfaRule
+from elfdiff.unwinding.ehframe import read_fde_table
 from trampolines.assembly import assemble
 from trampolines.errors import TrampolineError
 from trampolines.lookup_x86_64 import Answer, iterate

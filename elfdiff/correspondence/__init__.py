@@ -1,0 +1,1 @@
+"""What corresponds in two builds: functions, references, addresses."""

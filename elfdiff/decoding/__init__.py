@@ -1,0 +1,1 @@
+"""The code of one build: its functions, their instructions, and what these refer to."""

@@ -1,0 +1,1 @@
+"""What differs between two builds, and whether that is a change."""

@@ -1,0 +1,1 @@
+"""What debug information (DWARF) says of one build: units, functions, source lines, types."""

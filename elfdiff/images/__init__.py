@@ -1,0 +1,1 @@
+"""Linked ELF files as they will lie in memory."""

@@ -1,0 +1,1 @@
+"""Patch objects as files: written, checked, read back; and the evidence in them for people who ask why."""
