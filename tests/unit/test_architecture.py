@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,22 +18,42 @@ ROOT = Path(__file__).parent.parent.parent
 ROOMS = {"elfdiff": {"elfdiff"}, "trampolines": {"trampolines"}, "patcher": {"patcher", "elfdiff", "trampolines"}}
 OURS = {*ROOMS, "fixtures", "tests"}
 HEAVY = {"capstone", "keystone", "lief", "ptrace", "elftools"}
-FOLDERS = {  # of patcher, from the ground up: what each may import beside what stands in no folder
-    "process": "",
-    "threads": "process",
-    "stacks": "process threads",
-    "records": "process stacks",
-    "planning": "process stacks records",
-    "remote": "process threads records planning",
-    "targets": "process threads records planning remote",
-    "pausing": "process threads stacks records planning targets",
-    "transactions": "process threads records planning remote targets pausing",
-    "upgrade": "process records targets pausing transactions",
-    "rehearsal": "targets pausing transactions",
-    "explanation": "",
-    "commands": "records targets pausing transactions upgrade rehearsal explanation",
+FOLDERS = {  # of a room, from the ground up: what each may import beside what is free to all
+    "elfdiff": {
+        "unwinding": "",
+        "images": "",
+        "dwarf": "images",
+        "patches": "images",
+        "decoding": "unwinding images",
+        "correspondence": "images decoding",
+        "differences": "unwinding images dwarf patches decoding correspondence",
+        "building": "unwinding images dwarf patches decoding correspondence differences",
+        "findings": "images decoding differences building",
+    },
+    "patcher": {
+        "process": "",
+        "threads": "process",
+        "stacks": "process threads",
+        "records": "process stacks",
+        "planning": "process stacks records",
+        "remote": "process threads records planning",
+        "targets": "process threads records planning remote",
+        "pausing": "process threads stacks records planning targets",
+        "transactions": "process threads records planning remote targets pausing",
+        "upgrade": "process records targets pausing transactions",
+        "rehearsal": "targets pausing transactions",
+        "explanation": "",
+        "commands": "records targets pausing transactions upgrade rehearsal explanation",
+    },
 }
-FREE = {"closing", "interruption", "seam"}  # in no folder: they import none, and all may import them
+FREE = {  # in no folder: they import no folder, and all may import them
+    "elfdiff": {"errors", "findingcodes", "patchobject"},
+    "patcher": {"closing", "interruption", "seam"},
+}
+ABOVE = {  # in no folder: they import any, and no folder imports them
+    "elfdiff": {"cache", "diff", "explain"},
+    "patcher": {"cli"},
+}
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 
 
@@ -64,25 +85,38 @@ def modules_named(path: Path) -> Iterator[str]:
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
-PATCHER = [path for path in FILES if path.is_relative_to(ROOT / "patcher") and path.name != "cli.py"]
+def place(path: Path) -> tuple[str, str]:
+    """The room of a file, and the folder in it or the module that stands in none."""
+    room, within, *_ = path.relative_to(ROOT).with_suffix("").parts
+    return room, within
 
 
-@pytest.mark.parametrize("path", PATCHER, ids=lambda p: str(p.relative_to(ROOT)))
-def test_a_folder_of_patcher_imports_only_what_it_may(path: Path) -> None:
-    folder = path.relative_to(ROOT / "patcher").parts[0]
-    allowed = {*FREE, folder, *FOLDERS.get(folder, "").split()}
-    ours = {name for name in modules_named(path) if name.startswith("patcher.")}
+BOUND = [path for path in FILES for room, within in [place(path)] if room in FOLDERS and within not in ABOVE[room]]
+
+
+@pytest.mark.parametrize("path", BOUND, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_folder_imports_only_what_it_may(path: Path) -> None:
+    room, within = place(path)
+    allowed = {*FREE[room], within, *FOLDERS[room].get(within, "").split()}
+    ours = {name for name in modules_named(path) if name.startswith(f"{room}.")}
     assert not {name for name in ours if name.split(".")[1] not in allowed}
 
 
-def test_every_folder_of_patcher_stands_above_what_it_imports() -> None:
+@pytest.mark.parametrize("room", FOLDERS)
+def test_every_folder_stands_above_what_it_imports(room: str) -> None:
     below: set[str] = set()
-    for folder, allowed in FOLDERS.items():
+    for folder, allowed in FOLDERS[room].items():
         assert set(allowed.split()) <= below, folder
         below.add(folder)
-    assert {path.parent.name for path in (ROOT / "patcher").glob("*/__init__.py")} == below
-    text = (ROOT / "docs" / "architecture.md").read_text()
-    assert re.findall(r"^\| `(\w+)/` \|", text[text.index("### patcher") :], re.MULTILINE) == list(FOLDERS)
+    assert {path.parent.name for path in (ROOT / room).glob("*/__init__.py")} == below
+    text = (ROOT / "docs" / "architecture.md").read_text().split(f"\n### {room}\n")[1].split("\n### ")[0]
+    assert re.findall(r"^\| `(\w+)/` \|", text, re.MULTILINE) == list(FOLDERS[room])
+
+
+def test_every_folder_is_installed() -> None:
+    """Which an editable installation, as ours, does not show."""
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert sorted(packages) == sorted({".".join(path.relative_to(ROOT).parts[:-1]) for path in FILES})
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
