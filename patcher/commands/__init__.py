@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from elfdiff.errors import BadInput
 
-from ..pausing.conditions import DEEP_LIMIT
+from ..pausing.conditions import USUAL, Conditions
 
 if TYPE_CHECKING:
     from patcher.targets.selection import Selection
@@ -99,14 +99,26 @@ def _not_empty(text: str) -> str:
     return text
 
 
+def conditions_of(arguments: argparse.Namespace) -> Conditions:
+    """Return what was asked by the options that the functions below add.
+
+    Each stores under the name of its field, and nothing where it is not given: then, and where a verb has no such
+    option, it is as usual.
+    """
+    given = vars(arguments)
+    asked: dict[str, Any] = {item.name: given[item.name] for item in fields(Conditions) if item.name in given}
+    asked |= {name: tuple(value) for name, value in asked.items() if isinstance(value, list)}
+    return Conditions(**asked)
+
+
 def add_timeout(parser: argparse.ArgumentParser) -> None:
     """Add ``--timeout``, how long to wait for patched functions to become idle."""
     parser.add_argument(
         "--timeout",
         type=seconds,
-        default=10.0,
+        default=argparse.SUPPRESS,
         metavar="SECONDS",
-        help="how long to wait until no thread is in a patched function (default: 10)",
+        help=f"how long to wait until no thread is in a patched function (default: {USUAL.timeout:g})",
     )
 
 
@@ -115,16 +127,16 @@ def add_deep_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--deep-check",
         action=argparse.BooleanOptionalAction,
-        default=None,
+        default=argparse.SUPPRESS,
         help="search all writable memory for stacks that no thread runs on and that would return into a patched "
         "function; done by itself where an image of the process calls makecontext or the like",
     )
     parser.add_argument(
         "--deep-limit",
         type=_mebibytes,
-        default=DEEP_LIMIT,
+        default=argparse.SUPPRESS,
         metavar="MIB",
-        help=f"memory that may be searched while the process stands still, in MiB (default: {DEEP_LIMIT >> 20})",
+        help=f"memory that may be searched while the process stands still, in MiB (default: {USUAL.deep_limit >> 20})",
     )
 
 
@@ -140,7 +152,7 @@ def add_keep_live(parser: argparse.ArgumentParser) -> None:
         "--keep-live",
         type=_names,
         action="extend",
-        default=[],
+        default=argparse.SUPPRESS,
         metavar="NAME[,NAME]",
         help="let threads that are in these functions finish them in their old code (a main loop that never returns), "
         "where the patch says that this is safe; each new call runs the new code",
@@ -153,7 +165,7 @@ def add_when_idle(parser: argparse.ArgumentParser) -> None:
         "--when-idle",
         type=_names,
         action="extend",
-        default=[],
+        default=argparse.SUPPRESS,
         metavar="NAME[,NAME]",
         help="wait until no thread is in these functions either, although they do not change: the common caller of two "
         "between which a check moves (symbols, or addresses of the file)",
@@ -167,6 +179,7 @@ def add_no_when_idle(parser: argparse.ArgumentParser) -> None:
         "--no-when-idle",
         dest="own_idle",
         action="store_false",
+        default=argparse.SUPPRESS,
         help="do not wait for what the patch itself names so (finding moved-code)",
     )
 

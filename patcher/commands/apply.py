@@ -27,6 +27,7 @@ from . import (
     add_selection,
     add_timeout,
     add_when_idle,
+    conditions_of,
     selection_of,
 )
 
@@ -54,30 +55,20 @@ def run(arguments: argparse.Namespace) -> Report:
     from ..transactions.units import patches_of
 
     selection = selection_of(arguments)
+    conditions = conditions_of(arguments)
     patches = patches_of([read_patch(path) for path in arguments.patches])
 
     def act(pid: int, pin: Pin | None = None) -> Outcome:
-        return transaction.apply(
-            pid,
-            patches,
-            timeout=arguments.timeout,
-            deep_check=arguments.deep_check,
-            deep_limit=arguments.deep_limit,
-            keep_live=arguments.keep_live,
-            when_idle=arguments.when_idle,
-            own_idle=arguments.own_idle,
-            pin=pin,
-        )
+        return transaction.apply(pid, patches, conditions, pin=pin)
 
     if selection is None:
         outcome = act(arguments.pid)
         return Report(_json(outcome, patches), _text(outcome, patches))
 
-    from ..pausing.conditions import Conditions
     from ..transactions.group import carry_out_each
     from .several import group_report
 
-    undo = Conditions(arguments.timeout, arguments.deep_check, arguments.deep_limit) if arguments.atomic else None
+    undo = conditions if arguments.atomic else None
     group = carry_out_each(selection, lambda pin: act(pin.pid, pin), undo=undo)
     return group_report(
         group, selection, lambda item: _json(item, patches), lambda item: _text(item, patches), arguments.atomic

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from elfdiff.errors import BadInput, Busy
 
-from . import Report, add_deep_check, add_pid, add_when_idle, plural, seconds
+from . import Report, add_deep_check, add_pid, add_when_idle, conditions_of, plural, seconds
 
 if TYPE_CHECKING:
     from patcher.pausing.liveness import Activation, Watched
@@ -43,7 +43,6 @@ def run(arguments: argparse.Namespace) -> Report:
     """Look."""
     from elfdiff.patches.patchfile import read_patch
 
-    from ..pausing.conditions import Conditions
     from ..transactions import transaction
 
     if bool(arguments.patches) == (arguments.revert is not None):
@@ -52,17 +51,12 @@ def run(arguments: argparse.Namespace) -> Report:
             why="what is in the way depends on what is to be written",
             next_step="livegraft blocking PATCH --pid PID",
         )
-    asked = Conditions(
-        deep_check=arguments.deep_check,
-        deep_limit=arguments.deep_limit,
-        when_idle=tuple(arguments.when_idle),
-        own_idle=arguments.own_idle,
-    )
+    conditions = conditions_of(arguments)
     if arguments.patches:
         patches = [read_patch(path) for path in arguments.patches]
-        watched = transaction.watch_apply(arguments.pid, patches, arguments.seconds, asked)
+        watched = transaction.watch_apply(arguments.pid, patches, arguments.seconds, conditions)
     else:
-        watched = transaction.watch_revert(arguments.pid, arguments.revert, arguments.seconds, asked)
+        watched = transaction.watch_revert(arguments.pid, arguments.revert, arguments.seconds, conditions)
     if watched is None:
         nothing: dict[str, Any] = {"pid": arguments.pid, "looks": 0, "quiescent": 0}
         nothing |= {name: [] for name in ("live", "seen", "never_live", "when_idle")}

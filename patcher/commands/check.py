@@ -19,6 +19,7 @@ from . import (
     add_selection,
     add_timeout,
     add_when_idle,
+    conditions_of,
     selection_of,
 )
 
@@ -47,22 +48,13 @@ def run(arguments: argparse.Namespace) -> Report:
     from ..transactions.units import patches_of
 
     selection = selection_of(arguments)
+    conditions = conditions_of(arguments)
     patches = patches_of([read_patch(path) for path in arguments.patches])
     for patch, path in zip(patches, arguments.patches, strict=True):
         confirm_with_lief(patch, path)
 
     def act(pid: int, pin: Pin | None = None) -> Outcome:
-        return transaction.check(
-            pid,
-            patches,
-            timeout=arguments.timeout,
-            deep_check=arguments.deep_check,
-            deep_limit=arguments.deep_limit,
-            keep_live=arguments.keep_live,
-            when_idle=arguments.when_idle,
-            own_idle=arguments.own_idle,
-            pin=pin,
-        )
+        return transaction.check(pid, patches, conditions, pin=pin)
 
     if selection is None:
         outcome = act(arguments.pid)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from elfdiff.errors import BadInput
 
-from . import Report, add_deep_check, add_selection, add_timeout, add_when_idle, selection_of
+from . import Report, add_deep_check, add_selection, add_timeout, add_when_idle, conditions_of, selection_of
 
 if TYPE_CHECKING:
     from patcher.targets.selection import Pin
@@ -43,30 +43,21 @@ def run(arguments: argparse.Namespace) -> Report:
     from .shared import set_json
 
     selection = selection_of(arguments)
+    conditions = conditions_of(arguments)
     if arguments.id:
         _require_id(arguments.id)
 
     def act(pid: int, pin: Pin | None = None) -> Outcome:
-        return transaction.revert(
-            pid,
-            arguments.id,
-            timeout=arguments.timeout,
-            deep_check=arguments.deep_check,
-            deep_limit=arguments.deep_limit,
-            when_idle=arguments.when_idle,
-            own_idle=arguments.own_idle,
-            pin=pin,
-        )
+        return transaction.revert(pid, arguments.id, conditions, pin=pin)
 
     if selection is None:
         outcome = act(arguments.pid)
         return Report(set_json(outcome), _text(outcome))
 
-    from ..pausing.conditions import Conditions
     from ..transactions.group import carry_out_each
     from .several import group_report
 
-    undo = Conditions(arguments.timeout, arguments.deep_check, arguments.deep_limit) if arguments.atomic else None
+    undo = conditions if arguments.atomic else None
     group = carry_out_each(selection, lambda pin: act(pin.pid, pin), undo=undo)
     return group_report(group, selection, set_json, _text, arguments.atomic)
 

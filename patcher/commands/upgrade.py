@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from elfdiff.errors import BadInput, NothingToPatch, Refused
 
-from . import Report, add_deep_check, add_no_when_idle, add_selection, add_timeout, selection_of
+from . import Report, add_deep_check, add_no_when_idle, add_selection, add_timeout, conditions_of, selection_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,20 +55,20 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Report:
     """Upgrade."""
-    from ..pausing.conditions import Conditions
     from ..targets.selection import By
     from ..transactions.group import carry_out_each
     from ..upgrade.cache import PatchCache, default_folder
     from ..upgrade.upgrading import Upgrade
 
     selection = _selection(arguments)
-    conditions = Conditions(
-        arguments.timeout, arguments.deep_check, arguments.deep_limit, own_idle=arguments.own_idle
-    )
     everybody = selection.by is By.ALL
     with PatchCache(default_folder()) as cache:
         upgrade = Upgrade(
-            cache, conditions, dry_run=arguments.dry_run, everybody=everybody, partial=arguments.partial
+            cache,
+            conditions_of(arguments),
+            dry_run=arguments.dry_run,
+            everybody=everybody,
+            partial=arguments.partial,
         )
         group = carry_out_each(selection, upgrade.act, again=not arguments.dry_run)
         return _report(group, selection, upgrade, cache, arguments.dry_run)

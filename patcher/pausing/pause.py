@@ -300,15 +300,15 @@ def _busy(
         why=f"{_who(first)} {'is' if first.certain else 'may be'} in {first.name}; looked {tries} times "
         f"in {conditions.timeout:g} s{how}",
         next_step=f"see for how long and how often: livegraft blocking PATCH --pid {seen.pid} (of a revert: --revert); "
-        f"try again when the program does something else, or with a longer --timeout{_or_keep(live, conditions)}"
+        f"try again when the program does something else, or with a longer --timeout{_or_keep(live, plan)}"
         f"{_or_not(live, plan)}",
         details=tuple(details),
     )
 
 
-def _or_keep(live: Sequence[LiveFrame], conditions: Conditions) -> str:
+def _or_keep(live: Sequence[LiveFrame], plan: Plan) -> str:
     names = dict.fromkeys(frame.name for frame in live)
-    if not all(name in conditions.keepable for name in names):
+    if not plan.keepable.issuperset(names):
         return ""
     return f"; or let the threads that are in it finish the old code: --keep-live {','.join(names)}"
 

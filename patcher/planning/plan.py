@@ -76,7 +76,8 @@ class Plan:
 
     Each in order. Hooks and unhooks are words through which unwind tables are found: there before the code that needs
     them, and as long. No thread may be in what is ``forbidden``, and no stack that no thread runs on may wait in what
-    is ``parkable``, a part of that. ``unchanged`` names what is forbidden although it does not change (``idleness``).
+    is ``parkable``, a part of that. ``unchanged`` names what is forbidden although it does not change (``idleness``),
+    and ``keepable`` what could be kept live (``keeping``).
     """
 
     first: tuple[StateWrite, ...]
@@ -87,6 +88,7 @@ class Plan:
     hooks: tuple[PageWrite, ...] = ()
     unhooks: tuple[PageWrite, ...] = ()
     unchanged: frozenset[str] = frozenset()
+    keepable: frozenset[str] = frozenset()
 
     @property
     def writes(self) -> tuple[PageWrite, ...]:
@@ -99,7 +101,7 @@ class Part:
     """One patch that is to come into force: its record, what ``slot`` of it will say, and the image as it is now.
 
     ``idle`` and ``unparkable`` are ranges that nobody may be in, beside those that the records name; no stack is parked
-    in the second.
+    in the second. ``keepable`` as in ``Plan``.
     """
 
     own: Record
@@ -108,6 +110,7 @@ class Part:
     now: Situation
     idle: tuple[ForbiddenRange, ...] = ()
     unparkable: tuple[ForbiddenRange, ...] = ()
+    keepable: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,6 +280,7 @@ def plan_apply(parts: Sequence[Part], read: ReadBytes) -> Plan:
         forbidden=disjoint((*parkable, *(item for part in parts for item in part.unparkable))),
         parkable=disjoint(parkable),
         unchanged=frozenset(item.name for part in parts for item in part.now.waited),
+        keepable=frozenset(name for part in parts for name in part.keepable),
     )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from elfdiff.errors import BadInput
 from elfdiff.findingcodes import LIFTABLE
 
+from ..pausing.conditions import USUAL, Conditions
 from .keys import ABSENT, Keys, shown
 
 _DAY = 86400.0
@@ -100,9 +101,9 @@ class Rehearsal:
 
     ``module`` is the old build of the first library that is patched, None where none is.
 
-    ``tree``: all that descends from the process that is started is patched, too.
-    ``hold``, ``idle_timeout`` (for functions to become idle) and ``timeout`` are seconds. Commands run in the folder
-    of ``file``. ``reports`` are searched in the last output of the load.
+    ``tree``: all that descends from the process that is started is patched, too; each transaction has the whole time
+    of ``conditions``. ``hold`` and ``timeout``, for all of it, are seconds. Commands run in the folder of ``file``.
+    ``reports`` are searched in the last output of the load.
     """
 
     file: Path
@@ -118,10 +119,8 @@ class Rehearsal:
     timeout: float
     allow: frozenset[str]
     lines: bool
-    keep_live: tuple[str, ...]
-    when_idle: tuple[str, ...]
     tree: bool
-    idle_timeout: float
+    conditions: Conditions
 
     @property
     def name(self) -> str:
@@ -182,10 +181,8 @@ def _rehearsal(top: Keys, file: Path) -> Rehearsal:
         timeout=top.number("timeout", 600.0, 0.001, _DAY, "seconds"),
         allow=patch.allow,
         lines=patch.lines,
-        keep_live=patch.keep_live,
-        when_idle=patch.when_idle,
         tree=patch.tree,
-        idle_timeout=patch.idle_timeout,
+        conditions=patch.conditions,
     )
     top.done()
     return result
@@ -227,10 +224,8 @@ class _Patch:
 
     allow: frozenset[str]
     lines: bool
-    keep_live: tuple[str, ...]
-    when_idle: tuple[str, ...]
     tree: bool
-    idle_timeout: float
+    conditions: Conditions
 
 
 def _patch(top: Keys) -> _Patch:
@@ -240,12 +235,19 @@ def _patch(top: Keys) -> _Patch:
         if code not in LIFTABLE:
             keys.wrong("allow", f"{shown(code)} is no liftable finding", f"some of {', '.join(LIFTABLE)}")
     lines = keys.flag("lines")
-    keep_live = keys.texts("keep_live", "an array of names of functions")
-    when_idle = keys.texts("when_idle", "an array of names of functions")
     tree = keys.choice("processes", _PROCESSES) == "tree"
-    idle = keys.number("timeout", 10.0, 0, _DAY, "seconds")
+    conditions = _conditions(keys)
     keys.done()
-    return _Patch(frozenset(allow), lines, keep_live, when_idle, tree, idle)
+    return _Patch(frozenset(allow), lines, tree, conditions)
+
+
+def _conditions(keys: Keys) -> Conditions:
+    """What is asked of every apply and every revert."""
+    return Conditions(
+        timeout=keys.number("timeout", USUAL.timeout, 0, _DAY, "seconds"),
+        keep_live=keys.texts("keep_live", "an array of names of functions"),
+        when_idle=keys.texts("when_idle", "an array of names of functions"),
+    )
 
 
 def _start(top: Keys) -> Service:

@@ -16,8 +16,8 @@ from ..transactions import transaction
 from ..transactions.group import Act, End, Group, carry_out_each
 from .file import Rehearsal
 
-Seconds = Callable[[], float]
-"""How long functions may take to become idle, from now on."""
+Asked = Callable[[], Conditions]
+"""What is asked of a transaction that begins now: its time is what the rehearsal has left for it."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Patched:
 
 
 def apply_patches(
-    pid: int, patches: Sequence[PatchObject], asked: Rehearsal, seconds: Seconds
+    pid: int, patches: Sequence[PatchObject], rehearsal: Rehearsal, asked: Asked
 ) -> tuple[Patched, ...]:
     """Put the patches in force in the daemon, process ``pid``, as a set.
 
@@ -41,27 +41,25 @@ def apply_patches(
     """
 
     def act(pid: int, pin: Pin | None = None) -> transaction.Outcome:
-        return transaction.apply(
-            pid, patches, timeout=seconds(), keep_live=asked.keep_live, when_idle=asked.when_idle, pin=pin
-        )
+        return transaction.apply(pid, patches, asked(), pin=pin)
 
-    if asked.tree:
-        return _in_all(pid, seconds, lambda pin: act(pin.pid, pin))
+    if rehearsal.tree:
+        return _in_all(pid, asked, lambda pin: act(pin.pid, pin))
     try:
         return (_patched(act(pid)),)
     except LivegraftError as error:
-        _note_program(error, pid, asked.program)
+        _note_program(error, pid, rehearsal.program)
         raise
 
 
 def revert_patches(
-    pid: int, patches: Sequence[PatchObject], asked: Rehearsal, seconds: Seconds
+    pid: int, patches: Sequence[PatchObject], rehearsal: Rehearsal, asked: Asked
 ) -> tuple[Patched, ...]:
     """Take the patches out of force. Raises LivegraftError; they are in force as before then."""
     one = patches[0].id  # which takes all of its set with it
-    if asked.tree:
-        return _in_all(pid, seconds, lambda pin: transaction.revert(pin.pid, one, timeout=seconds(), pin=pin))
-    return (_patched(transaction.revert(pid, one, timeout=seconds())),)
+    if rehearsal.tree:
+        return _in_all(pid, asked, lambda pin: transaction.revert(pin.pid, one, asked(), pin=pin))
+    return (_patched(transaction.revert(pid, one, asked())),)
 
 
 def _patched(outcome: transaction.Outcome) -> Patched:
@@ -77,9 +75,9 @@ def _note_program(error: LivegraftError, pid: int, program: Path) -> None:
             error.add_note(f"start.command runs {runs.readlink()}, pid {pid}: a script must exec the daemon")
 
 
-def _in_all(pid: int, seconds: Seconds, act: Act) -> tuple[Patched, ...]:
+def _in_all(pid: int, asked: Asked, act: Act) -> tuple[Patched, ...]:
     """Do it to the process and all that descend from it, parents first, to all or to none of them."""
-    group = carry_out_each(Selection(By.TREE, str(pid), several=True), act, undo=Conditions(seconds()))
+    group = carry_out_each(Selection(By.TREE, str(pid), several=True), act, undo=asked())
     _require_done(group)
     return tuple(_patched(item.outcome) for item in group.having(End.DONE) if item.outcome is not None)
 

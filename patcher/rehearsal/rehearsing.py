@@ -22,6 +22,7 @@ from elfdiff.patches.patchfile import write_patch
 from elfdiff.patchobject import PatchObject
 
 from ..interruption import deferred, heed
+from ..pausing.conditions import Conditions
 from .children import PATIENCE, Child, tail
 from .file import Probe, Ready, Rehearsal, Service
 from .keys import filled
@@ -263,14 +264,16 @@ class _Run:
 
     def _apply(self) -> tuple[Patched, ...]:
         assert self._daemon is not None
-        return apply_patches(self._daemon.pid, self.patches, self._asked, self._idle_seconds)
+        return apply_patches(self._daemon.pid, self.patches, self._asked, self._conditions)
 
     def _revert(self) -> tuple[Patched, ...]:
         assert self._daemon is not None
-        return revert_patches(self._daemon.pid, self.patches, self._asked, self._idle_seconds)
+        return revert_patches(self._daemon.pid, self.patches, self._asked, self._conditions)
 
-    def _idle_seconds(self) -> float:
-        return max(0.0, self._until(self._asked.idle_timeout) - time.monotonic())
+    def _conditions(self) -> Conditions:
+        """What is asked of a transaction that begins now."""
+        asked = self._asked.conditions
+        return replace(asked, timeout=max(0.0, self._until(asked.timeout) - time.monotonic()))
 
     def _hold(self) -> None:
         """Let the load run on what is in force now, and notice when somebody dies of it."""

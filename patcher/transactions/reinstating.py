@@ -77,14 +77,7 @@ def take_back(pin: Pin, done: Mapping[str, Done], conditions: Conditions) -> Out
             return _reinstate(found, seen, memory, conditions)
         if any(before) and len(found) == 1:
             return _reinstate([_record_of(before[0], record, seen)], seen, memory, conditions)
-    outcome = revert(
-        pin.pid,
-        record.contents.patch,
-        timeout=conditions.timeout,
-        deep_check=conditions.deep_check,
-        deep_limit=conditions.deep_limit,
-        pin=pin,
-    )
+    outcome = revert(pin.pid, record.contents.patch, conditions, pin=pin)
     if not any(before):
         return outcome
     with open_target(pin.pid, pin) as memory:

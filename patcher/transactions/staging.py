@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 from elfdiff.errors import Refused
 
+from ..pausing.keeping import keepable
 from ..pausing.steps import OnStep
 from ..planning.binding import PF_W, Binding, BoundSegment, relocate
 from ..planning.lookups import Chains, kept, lookup_segments, lookup_span, reusable
@@ -176,7 +177,7 @@ def _stage_again(record: Record, binding: Binding, now: Situation, memory: Memor
 
 
 def _part(own: Record, contents: Contents, slot: int, now: Situation, binding: Binding) -> Part:
-    return Part(own, contents, slot, now, idle_ranges(binding), binding_ranges(binding))
+    return Part(own, contents, slot, now, idle_ranges(binding), binding_ranges(binding), keepable(binding.patch))
 
 
 def sweep(seen: Snapshot, memory: Memory) -> None:

@@ -17,8 +17,7 @@ from elfdiff.errors import BadInput, Changed, LivegraftError, NoSuchPatch
 from elfdiff.patchobject import PatchObject
 
 from ..interruption import heed
-from ..pausing.conditions import DEEP_LIMIT, Conditions
-from ..pausing.keeping import keepable
+from ..pausing.conditions import USUAL, Conditions
 from ..pausing.liveness import Watched, watch
 from ..pausing.pause import Pause, carry_out
 from ..pausing.steps import OnStep, no_step
@@ -52,8 +51,6 @@ from .units import (
     words,
 )
 
-DEFAULT_TIMEOUT = 10.0
-"""Seconds to wait for patched functions to be idle."""
 _ATTEMPTS = 3  # the dynamic linker binds a slot once; what changes oftener is somebody else's doing
 
 
@@ -86,13 +83,8 @@ class Outcome:
 def apply(
     pid: int,
     patches: Patches,
+    conditions: Conditions = USUAL,
     *,
-    timeout: float = DEFAULT_TIMEOUT,
-    deep_check: bool | None = None,
-    deep_limit: int = DEEP_LIMIT,
-    keep_live: Sequence[str] = (),
-    when_idle: Sequence[str] = (),
-    own_idle: bool = True,
     on_step: OnStep = no_step,
     pin: Pin | None = None,
 ) -> Outcome:
@@ -100,36 +92,24 @@ def apply(
 
     All of a set come into force in one stop, or none.
 
-    ``timeout`` (seconds) is for the functions to become idle; ``deep_check``, ``deep_limit``, ``keep_live``,
-    ``when_idle`` and ``own_idle`` are those of ``Conditions``, ``pin`` is that of ``open_target``. ``on_step`` is
-    called at each point at which the death of this process leaves something else behind, for tests.
+    ``pin`` is that of ``open_target``. ``on_step`` is called at each point at which the death of this process leaves
+    something else behind, for tests.
 
     Raises BadInput, NotPermitted, Refused, Busy (a function stayed live), Changed (it kept changing meanwhile),
     LivegraftError; in all these cases the target is as before. TargetDamaged where it is not.
     """
     given = patches_of(patches)
     with open_target(pid, pin) as memory:
-        asked = Conditions(
-            timeout, deep_check, deep_limit, tuple(keep_live), _keepable(given), tuple(when_idle), own_idle
-        )
-        return _attempts(asked, lambda left: _apply(pid, given, memory, left, on_step))
-
-
-def _keepable(patches: Sequence[PatchObject]) -> frozenset[str]:
-    return frozenset(name for patch in patches for name in keepable(patch))
+        return _attempts(conditions, lambda left: _apply(pid, given, memory, left, on_step))
 
 
 def _attempts(conditions: Conditions, attempt: Callable[[Conditions], Outcome]) -> Outcome:
     """Try again where the process has changed in between; ``attempt`` is given what is left of the time."""
-    deadline = time.monotonic() + conditions.timeout
-
-    def left() -> Conditions:
-        return replace(conditions, timeout=max(0.0, deadline - time.monotonic()))
-
+    began = time.monotonic()
     for _ in range(_ATTEMPTS - 1):
         with suppress(Changed):  # a new plan will know of it; the last attempt says so
-            return attempt(left())
-    return attempt(left())
+            return attempt(spent(conditions, began))
+    return attempt(spent(conditions, began))
 
 
 def _apply(
@@ -184,7 +164,7 @@ def _recovered(
     return look(seen.pid, memory), broken
 
 
-def require_fit(pid: int, patch: PatchObject, *, pin: Pin | None = None) -> None:
+def require_fit(pid: int, patch: PatchObject, conditions: Conditions = USUAL, *, pin: Pin | None = None) -> None:
     """Raise what ``apply`` would before it begins: the patch is for another build, an import is not there, or a filter
     may kill for it.
 
@@ -192,7 +172,7 @@ def require_fit(pid: int, patch: PatchObject, *, pin: Pin | None = None) -> None
     """
     with open_target(pid, pin) as memory:
         seen = look(pid, memory)
-        _require_calls_pass(bind_all((patch,), seen, memory, Conditions()), seen, Conditions())
+        _require_calls_pass(bind_all((patch,), seen, memory, conditions), seen, conditions)
 
 
 def _require_calls_pass(members: Sequence[Member], seen: Snapshot, conditions: Conditions) -> None:
@@ -200,18 +180,7 @@ def _require_calls_pass(members: Sequence[Member], seen: Snapshot, conditions: C
     require_calls_pass([item.binding for item in members if not item.held], seen, conditions.timeout)
 
 
-def check(
-    pid: int,
-    patches: Patches,
-    *,
-    timeout: float = DEFAULT_TIMEOUT,
-    deep_check: bool | None = None,
-    deep_limit: int = DEEP_LIMIT,
-    keep_live: Sequence[str] = (),
-    when_idle: Sequence[str] = (),
-    own_idle: bool = True,
-    pin: Pin | None = None,
-) -> Outcome:
+def check(pid: int, patches: Patches, conditions: Conditions = USUAL, *, pin: Pin | None = None) -> Outcome:
     """Do all that ``apply`` does but the writing: every check, and stops of the process to look at its
     stacks.
 
@@ -220,10 +189,7 @@ def check(
     """
     given = patches_of(patches)
     with open_target(pid, pin) as memory:
-        asked = Conditions(
-            timeout, deep_check, deep_limit, tuple(keep_live), _keepable(given), tuple(when_idle), own_idle
-        )
-        return _attempts(asked, lambda left: _check(pid, given, memory, left))
+        return _attempts(conditions, lambda left: _check(pid, given, memory, left))
 
 
 def _check(pid: int, patches: Sequence[PatchObject], memory: Memory, conditions: Conditions) -> Outcome:
@@ -341,12 +307,8 @@ def _rehearse(
 def revert(
     pid: int,
     patch_id: str = "",
+    conditions: Conditions = USUAL,
     *,
-    timeout: float = DEFAULT_TIMEOUT,
-    deep_check: bool | None = None,
-    deep_limit: int = DEEP_LIMIT,
-    when_idle: Sequence[str] = (),
-    own_idle: bool = True,
     on_step: OnStep = no_step,
     pin: Pin | None = None,
 ) -> Outcome:
@@ -358,7 +320,6 @@ def revert(
     """
     with open_target(pid, pin) as memory:
         began = time.monotonic()
-        conditions = Conditions(timeout, deep_check, deep_limit, when_idle=tuple(when_idle), own_idle=own_idle)
         seen = look(pid, memory)
         unit = _unit(seen, patch_id)
         seen, undone = _recovered(seen, unit, memory, conditions, on_step)
@@ -394,13 +355,12 @@ def _undone_with(record: Record, unit: Sequence[Record], seen: Snapshot) -> tupl
     )
 
 
-def watch_apply(pid: int, patches: Patches, seconds: float, conditions: Conditions | None = None) -> Watched | None:
+def watch_apply(pid: int, patches: Patches, seconds: float, conditions: Conditions = USUAL) -> Watched | None:
     """Look for ``seconds`` at what keeps ``patches`` from being applied; None where they are in force already.
 
     Changes nothing. Raises as ``check``, but for what is live.
     """
     given = patches_of(patches)
-    conditions = conditions or Conditions()
     with open_target(pid) as memory:
         seen = look(pid, memory)
         members = bind_all(given, seen, memory, conditions)
@@ -411,12 +371,11 @@ def watch_apply(pid: int, patches: Patches, seconds: float, conditions: Conditio
         return watch(seen, contents, plan, memory, conditions, seconds)
 
 
-def watch_revert(pid: int, patch_id: str, seconds: float, conditions: Conditions | None = None) -> Watched | None:
+def watch_revert(pid: int, patch_id: str, seconds: float, conditions: Conditions = USUAL) -> Watched | None:
     """Look for ``seconds`` at what keeps a patch from being reverted; None where it is out of force already.
 
     Changes nothing. Raises as ``revert``, but for what is live.
     """
-    conditions = conditions or Conditions()
     with open_target(pid) as memory:
         seen = look(pid, memory)
         unit = _unit(seen, patch_id)

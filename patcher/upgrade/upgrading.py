@@ -239,7 +239,7 @@ class Upgrade:
                 patch, compared = self._patches.patch_of(pair, file)
             if record is not None:
                 return _Prepared(UpgradedFile(file, Fate.ALREADY, mapped, _held(pin, process, record)), patch)
-            transaction.require_fit(pin.pid, patch, pin=pin)
+            transaction.require_fit(pin.pid, patch, self._conditions, pin=pin)
         except Interrupted:
             raise
         except NothingToPatch as error:
@@ -257,18 +257,9 @@ class Upgrade:
         patches = [item.patch for item in prepared if item.patch is not None]
         if not patches:
             return results
-        asked = self._conditions
         act = transaction.check if self._dry_run else transaction.apply
         try:
-            outcome = act(
-                pin.pid,
-                patches,
-                timeout=asked.timeout,
-                deep_check=asked.deep_check,
-                deep_limit=asked.deep_limit,
-                own_idle=asked.own_idle,
-                pin=pin,
-            )
+            outcome = act(pin.pid, patches, self._conditions, pin=pin)
         except Interrupted:
             raise
         except LivegraftError as error:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from elfdiff.patchobject import PatchObject
 from fixtures.tracees import SOURCES, Tally, Torture, run_torture, wait_until
+from patcher.pausing.conditions import Conditions
 from patcher.transactions.transaction import Outcome, apply, revert
 from tests.patchmaker import compile_version, make_patch
 
 CHANGED = ("left", "right", "answer")
-TIMEOUT = 30.0
+PATIENT = Conditions(timeout=30)
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,13 @@ class Reporting:
 
     def there(self) -> Outcome:
         """Apply, and see that it is in force."""
-        outcome = apply(self.pid, self.patch, timeout=TIMEOUT)
+        outcome = apply(self.pid, self.patch, PATIENT)
         self.answers(2)
         return outcome
 
     def back(self) -> Outcome:
         """Revert, and see that it is out of force."""
-        outcome = revert(self.pid, timeout=TIMEOUT)
+        outcome = revert(self.pid, conditions=PATIENT)
         self.answers(1)
         return outcome
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from elfdiff.errors import LivegraftError
+from patcher.pausing.conditions import Conditions
 from patcher.process.proc import status, thread_ids
 from patcher.transactions import transaction
 from patcher.transactions.inspection import inspect_process
@@ -51,12 +52,12 @@ def there_and_back(program: Answering, built: Versions, *, timeout: float = 20.0
     """Apply, see every thread answer by the new code, revert, see every thread answer by the old."""
     before = program.code()
     program.answers(1)
-    outcome = transaction.apply(program.pid, built.to[2], timeout=timeout)
+    outcome = transaction.apply(program.pid, built.to[2], Conditions(timeout=timeout))
     assert not outcome.already
     program.answers(2)
     assert program.code() != before
     assert not [line for line in program.maps if "wx" in line]
-    transaction.revert(program.pid, timeout=timeout)
+    transaction.revert(program.pid, conditions=Conditions(timeout=timeout))
     program.answers(1)
     after = program.code()
     assert {name: after[name] for name in before} == before
@@ -85,7 +86,7 @@ def left_alone(program: Answering) -> Iterator[None]:
 def refused(program: Answering, built: Versions, kind: type[LivegraftError], match: str) -> LivegraftError:
     """Assert that apply is refused and leaves no trace; return the refusal."""
     with left_alone(program), pytest.raises(kind, match=match) as caught:
-        transaction.apply(program.pid, built.to[2], timeout=0.5)
+        transaction.apply(program.pid, built.to[2], Conditions(timeout=0.5))
     assert caught.value.why
     assert caught.value.next_step
     return caught.value

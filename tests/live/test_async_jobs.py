@@ -8,6 +8,7 @@ import pytest
 
 from elfdiff.errors import Busy
 from fixtures.intact import altered_code
+from patcher.pausing.conditions import Conditions
 from patcher.process.memory import Memory
 from patcher.process.modules import modules
 from patcher.process.proc import mappings
@@ -20,7 +21,7 @@ from tests.live.test_deep_check import Pair, Parking
 pytestmark = pytest.mark.root
 
 SOURCE = (Path(__file__).parents[2] / "fixtures" / "jobs.c").read_text()
-WAIT = 0.15
+BRIEF = Conditions(timeout=0.15)
 
 
 def made(cache_folder: Path, folder: Path, *flags: str) -> Pair:
@@ -49,13 +50,13 @@ def test_the_stack_of_a_thread_that_is_in_a_job_is_searched(cache_folder: Path, 
     with Parking(pair.program) as program:
         assert program.tell("job") == "inside"
         with pytest.raises(Busy, match="work"):
-            apply(program.pid, pair.patch, timeout=WAIT)
+            apply(program.pid, pair.patch, BRIEF)
         assert altered_code(program.pid) == []
         assert program.tell("go on") == "13"
         apply(program.pid, pair.patch)
         assert program.tell("job") == "inside"
         with pytest.raises(Busy, match="work"):
-            revert(program.pid, timeout=WAIT)
+            revert(program.pid, conditions=BRIEF)
         assert program.tell("go on") == "17"
         revert(program.pid)
         assert program.tell("ask") == "6"
@@ -66,7 +67,7 @@ def test_a_job_that_was_put_aside_keeps_its_functions_live(cache_folder: Path, t
     with Parking(pair.program) as program:
         assert program.tell("park") == "parked"
         with pytest.raises(Busy, match="work"):
-            apply(program.pid, pair.patch, timeout=WAIT)
+            apply(program.pid, pair.patch, BRIEF)
         assert program.tell("go") == "6"
         apply(program.pid, pair.patch)
         assert program.tell("ask") == "10"

@@ -14,6 +14,7 @@ from elfdiff.patches.patchfile import read_patch, write_patch
 from fixtures.intact import altered_code
 from patcher.cli import main
 from patcher.pausing import liveness
+from patcher.pausing.conditions import Conditions
 from patcher.process.proc import thread_ids
 from patcher.transactions.transaction import apply, check, watch_apply, watch_revert
 from tests.live.answering import Answering, Versions, versions
@@ -119,7 +120,7 @@ def test_what_is_done_already_has_nothing_in_the_way(running: Answering, built: 
 def test_busy_points_to_it(running: Answering, built: Versions) -> None:
     running.ask("hold")
     with pytest.raises(Busy) as caught:
-        check(running.pid, built.to[2], timeout=0.05)
+        check(running.pid, built.to[2], Conditions(timeout=0.05))
     assert f"livegraft blocking PATCH --pid {running.pid}" in caught.value.next_step
 
 

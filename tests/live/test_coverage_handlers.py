@@ -10,7 +10,7 @@ from elfdiff.errors import Busy
 from fixtures.intact import altered_code
 from patcher.transactions.transaction import apply, revert
 from tests.compile import Compiler
-from tests.shapes.driver import BUSY_SECONDS, Running, make
+from tests.shapes.driver import BRIEF, Running, make
 from tests.shapes.model import CLANG, GCC, Build, Shape
 
 pytestmark = pytest.mark.root
@@ -46,13 +46,13 @@ def test_a_handler_that_runs_is_not_patched_and_one_that_is_installed_is(
     with Running(made.old) as process:
         assert process.ask(HELD) == "old held"
         with pytest.raises(Busy):
-            apply(process.pid, made.patch, timeout=BUSY_SECONDS)
+            apply(process.pid, made.patch, BRIEF)
         assert not altered_code(process.pid)
         assert process.say("") == "old end"
         apply(process.pid, made.patch)
         assert process.ask(HELD) == "new held", "it was installed before the patch"
         with pytest.raises(Busy):
-            revert(process.pid, timeout=BUSY_SECONDS)
+            revert(process.pid, conditions=BRIEF)
         assert process.say("") == "new end"
         revert(process.pid)
         assert process.ask(HELD) == "old held"

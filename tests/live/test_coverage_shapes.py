@@ -19,7 +19,7 @@ from fixtures.intact import altered_code
 from patcher.transactions.transaction import apply
 from tests.compile import Compiler
 from tests.shapes import constants, control, functions, switches, variables
-from tests.shapes.driver import BUSY_SECONDS, Made, Running, exercise, make, outcome
+from tests.shapes.driver import BRIEF, Made, Running, exercise, make, outcome
 from tests.shapes.model import Build, Shape, full_matrix
 
 pytestmark = pytest.mark.root
@@ -74,7 +74,7 @@ def stay_busy(shape: Shape, made: Made) -> None:
     with Running(made.old) as process:
         before = process.ask_all(shape.questions)
         with pytest.raises(Busy):
-            apply(process.pid, made.patch, timeout=BUSY_SECONDS)
+            apply(process.pid, made.patch, BRIEF)
         assert process.ask_all(shape.questions) == before
         assert not altered_code(process.pid)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from patcher.pausing.conditions import Conditions
 from patcher.transactions.transaction import apply, revert
 from tests.live.answering import Answering, Versions, versions
 
@@ -21,7 +22,7 @@ CYCLES = 5 * int(os.environ.get("LIVEGRAFT_ROUNDS", "2000"))
 FIRST = CYCLES // 4
 """Cycles before the first look: caches fill, and memory that was freed is kept by both C libraries. The patcher's grows
 by 3 MB in the first 2,000 of 10,000, in steps of the arenas of Python's allocator, and by 32 KB in the next 4,000."""
-TIMEOUT = 120.0
+PATIENT = Conditions(timeout=120)
 """Seconds for the functions to be idle: the threads of the program do nothing but call them."""
 SLACK = 1 << 20
 """Bytes by which resident memory may differ: noise of the allocators. A leak of 100 bytes a cycle would show."""
@@ -58,10 +59,10 @@ def test_cycles_of_apply_and_revert_grow_nothing(running: Answering, built: Vers
     pids = {"target": running.pid, "patcher": os.getpid()}
     before: dict[str, Size] = {}
     for cycle in range(CYCLES + 1):
-        apply(running.pid, built.to[2], timeout=TIMEOUT)
+        apply(running.pid, built.to[2], PATIENT)
         if cycle % 100 == 0:
             running.answers(2)
-        revert(running.pid, timeout=TIMEOUT)
+        revert(running.pid, conditions=PATIENT)
         if cycle % 100 == 0:
             running.answers(1)
         if cycle == FIRST:

@@ -23,6 +23,7 @@ from fixtures.hearing import next_line
 from fixtures.intact import altered_code
 from fixtures.stacks import functions_of
 from patcher import seam
+from patcher.pausing.conditions import Conditions
 from patcher.process.memory import Memory
 from patcher.process.modules import modules
 from patcher.process.proc import mappings, status
@@ -42,6 +43,7 @@ SOURCE = (Path(__file__).parents[2] / "fixtures" / "coroutines.c").read_text()
 OLD, NEW = "-DFACTOR=3", "-DFACTOR=5"
 PLACES = ("heap", "mapped", "static", "local")
 WAIT = 0.15  # seconds in which the coroutine does not go on by itself
+BRIEF = Conditions(timeout=WAIT)
 
 
 class Parking:
@@ -99,7 +101,7 @@ def kinds(*flags: tuple[str, ...]) -> pytest.MarkDecorator:
 def busy(program: Parking, pair: Pair, *, deep_check: bool | None = None) -> Busy:
     """The refusal of ``apply``, after which nothing has changed."""
     with pytest.raises(Busy) as caught:
-        apply(program.pid, pair.patch, timeout=WAIT, deep_check=deep_check)
+        apply(program.pid, pair.patch, Conditions(timeout=WAIT, deep_check=deep_check))
     assert altered_code(program.pid) == []
     assert caught.value.exit_code == 5
     return caught.value
@@ -111,7 +113,7 @@ def busy(program: Parking, pair: Pair, *, deep_check: bool | None = None) -> Bus
 def test_a_parked_coroutine_keeps_a_function_live_until_it_has_ended(pair: Pair, place: str, where: str) -> None:
     with Parking(pair.program, where) as program:
         assert program.tell("ask") == "6"  # leaves a return address below the stack pointer, which is in nobody's way
-        assert check(program.pid, pair.patch, timeout=WAIT).pause
+        assert check(program.pid, pair.patch, BRIEF).pause
         program.tell(f"park {place}")
         error = busy(program, pair)
         assert "work" in error.what and "a stack that no thread runs on" in error.why
@@ -131,7 +133,7 @@ def test_switches_that_the_program_makes_itself_are_found_where_it_is_asked_for(
         outcome = check(program.pid, pair.patch)
         assert outcome.pause is not None and outcome.pause.searched == 0, "nothing shows that it has coroutines"
         program.tell("finish")
-        outcome = apply(program.pid, pair.patch, deep_check=True)
+        outcome = apply(program.pid, pair.patch, Conditions(deep_check=True))
         assert outcome.pause is not None and outcome.pause.searched > 0
         assert program.tell("ask") == "10"
 
@@ -140,15 +142,15 @@ def test_a_parked_coroutine_is_waited_for_in_a_function_that_does_not_change(pai
     with Parking(pair.program) as program:
         program.tell("idle mapped")
         with pytest.raises(Busy) as caught:
-            apply(program.pid, pair.patch, timeout=WAIT, when_idle=["other"])
+            apply(program.pid, pair.patch, Conditions(timeout=WAIT, when_idle=("other",)))
         assert "other" in caught.value.what and "a stack that no thread runs on" in caught.value.why
         program.tell("finish")
-        apply(program.pid, pair.patch, when_idle=["other"])
+        apply(program.pid, pair.patch, Conditions(when_idle=("other",)))
         program.tell("idle mapped")
         with pytest.raises(Busy) as caught:
-            revert(program.pid, timeout=WAIT)
+            revert(program.pid, conditions=BRIEF)
         assert caught.value.what.startswith("other stayed live")
-        revert(program.pid, own_idle=False)
+        revert(program.pid, conditions=Conditions(own_idle=False))
         assert program.tell("ask") == "6" and altered_code(program.pid) == []
 
 
@@ -157,7 +159,7 @@ def test_a_coroutine_in_the_new_code_keeps_it_from_being_reverted(pair: Pair) ->
         apply(program.pid, pair.patch)
         program.tell("park mapped")
         with pytest.raises(Busy) as caught:
-            revert(program.pid, timeout=WAIT)
+            revert(program.pid, conditions=BRIEF)
         assert "work" in caught.value.what and pair.patch.id[:12] in caught.value.what
         assert program.tell("finish") == "10"
         revert(program.pid)
@@ -168,7 +170,7 @@ def test_a_coroutine_in_the_new_code_keeps_it_from_being_reverted(pair: Pair) ->
 def test_coroutines_elsewhere_are_in_nobodys_way(pair: Pair, place: str) -> None:
     with Parking(pair.program) as program:
         program.tell(f"idle {place}")
-        outcome = apply(program.pid, pair.patch, timeout=WAIT)
+        outcome = apply(program.pid, pair.patch, BRIEF)
         assert outcome.pause is not None and outcome.pause.searched > 0
         assert program.tell("ask") == "10"
         assert program.tell("finish") == "10"
@@ -194,12 +196,12 @@ def test_what_a_coroutine_has_left_below_itself_is_in_nobodys_way(pair: Pair, pl
         program.tell("step")
         words = return_addresses(pair, program)
         assert words, "nothing is left over, so that this shows nothing"
-        apply(program.pid, pair.patch, timeout=WAIT)
+        apply(program.pid, pair.patch, BRIEF)
         program.tell("step")
         with pytest.raises(Busy, match="work"):
-            revert(program.pid, timeout=WAIT)
+            revert(program.pid, conditions=BRIEF)
         program.tell("step")
-        revert(program.pid, timeout=WAIT)
+        revert(program.pid, conditions=BRIEF)
 
 
 @kinds(("pie", "-DHANDMADE"))
@@ -242,8 +244,8 @@ def test_two_builds_never_meet_in_a_storm_of_coroutines(pair: Pair, deep_check: 
     with Parking(pair.program) as program:
         program.tell("storm")
         for _ in range(3 if deep_check is None else 20):
-            apply(program.pid, pair.patch, timeout=60, deep_check=deep_check)
-            revert(program.pid, timeout=60, deep_check=deep_check)
+            apply(program.pid, pair.patch, Conditions(timeout=60, deep_check=deep_check))
+            revert(program.pid, conditions=Conditions(timeout=60, deep_check=deep_check))
             if int(program.tell("mixed")):
                 break
         assert int(program.tell("passes")) > 0
@@ -253,7 +255,7 @@ def test_two_builds_never_meet_in_a_storm_of_coroutines(pair: Pair, deep_check: 
 def test_no_deep_check_does_not_look(pair: Pair) -> None:
     with Parking(pair.program) as program:
         program.tell("park mapped")
-        outcome = apply(program.pid, pair.patch, deep_check=False)
+        outcome = apply(program.pid, pair.patch, Conditions(deep_check=False))
         assert outcome.pause is not None and outcome.pause.searched == 0
         assert program.tell("finish") == "6", "it has ended in the old code"
         assert program.tell("ask") == "10"
@@ -267,14 +269,14 @@ def test_words_that_are_left_over_block_until_they_are_gone(pair: Pair) -> None:
         program.tell("finish")
         busy(program, pair, deep_check=True)
         program.tell("wipe")
-        apply(program.pid, pair.patch, deep_check=True)
+        apply(program.pid, pair.patch, Conditions(deep_check=True))
 
 
 def test_it_waits_without_stopping_anybody(pair: Pair) -> None:
     with Parking(pair.program) as program:
         program.tell("park mapped")
         with pytest.raises(Busy, match="work") as caught:
-            apply(program.pid, pair.patch, timeout=1.0)
+            apply(program.pid, pair.patch, Conditions(timeout=1.0))
         stops = int(caught.value.why.split("looked ")[1].split()[0])
         assert stops <= 3, "the word was there all the time"
 
@@ -282,10 +284,10 @@ def test_it_waits_without_stopping_anybody(pair: Pair) -> None:
 def test_too_much_memory_is_refused_before_anything_is_stopped(pair: Pair) -> None:
     with Parking(pair.program) as program:
         with pytest.raises(Refused, match="too much memory") as caught:
-            apply(program.pid, pair.patch, deep_limit=4096)
+            apply(program.pid, pair.patch, Conditions(deep_limit=4096))
         assert "--deep-limit" in caught.value.next_step and "MiB" in caught.value.why
         assert altered_code(program.pid) == []
-        apply(program.pid, pair.patch, deep_limit=1 << 30)
+        apply(program.pid, pair.patch, Conditions(deep_limit=1 << 30))
 
 
 @pytest.mark.parametrize(
@@ -332,7 +334,7 @@ def test_whatever_it_cannot_read_nothing_is_written(pair: Pair, name: str) -> No
 
             with seam.observe(fail):
                 try:
-                    check(program.pid, pair.patch, timeout=5.0)
+                    check(program.pid, pair.patch, Conditions(timeout=5.0))
                     break
                 except LivegraftError as error:
                     assert "Input/output error" in f"{error} {error.why}"

@@ -13,6 +13,7 @@ import pytest
 from elfdiff.errors import LivegraftError
 from fixtures.tracees import compile_program, running, state_of, wait_until
 from patcher import seam
+from patcher.pausing.conditions import Conditions
 from patcher.process.surroundings import SYS_ADMIN, SYS_NICE, SYS_PTRACE, limits
 from patcher.targets.doctor import Examination, examine
 from patcher.targets.doctorchecks import Check, Verdict
@@ -48,7 +49,7 @@ def says_what_apply_does(program: Answering, built: Versions, name: str) -> Chec
     assert said.verdict is Verdict.FAILS
     assert [item.name for item in found.checks if item.verdict is Verdict.FAILS] == [name]
     with pytest.raises(LivegraftError) as caught:
-        apply(program.pid, built.to[2], timeout=0.1)
+        apply(program.pid, built.to[2], Conditions(timeout=0.1))
     error = caught.value
     assert error.exit_code == said.exit_code == found.exit_code
     assert error.next_step.split("=")[0] == said.next_step.split("=")[0]

@@ -15,6 +15,7 @@ import pytest
 from elfdiff.errors import BadInput, LivegraftError
 from fixtures.tracees import state_of, wait_until
 from patcher.pausing import liveness, pause
+from patcher.pausing.conditions import Conditions
 from patcher.process.memory import Memory
 from patcher.threads.stopping import SeizedProcess, seize
 from patcher.transactions.transaction import apply, check, revert, watch_apply, watch_revert
@@ -24,14 +25,15 @@ from tests.live.faults import COMMANDS, Patcher, Scene, assert_at_liberty
 pytestmark = pytest.mark.root
 
 TIMEOUT = 5.0  # seconds; all of them pass where the execve goes unnoticed
+PATIENT = Conditions(timeout=TIMEOUT)
 MESSAGE = "has executed another program"
 
 Act = Callable[[int, Versions], object]
 ACTS: dict[str, Act] = {
-    "apply": lambda pid, built: apply(pid, built.to[2], timeout=TIMEOUT),
-    "check": lambda pid, built: check(pid, built.to[2], timeout=TIMEOUT),
+    "apply": lambda pid, built: apply(pid, built.to[2], PATIENT),
+    "check": lambda pid, built: check(pid, built.to[2], PATIENT),
     "blocking": lambda pid, built: watch_apply(pid, built.to[2], TIMEOUT),
-    "revert": lambda pid, _: revert(pid, timeout=TIMEOUT),
+    "revert": lambda pid, _: revert(pid, conditions=PATIENT),
     "blocking revert": lambda pid, _: watch_revert(pid, "", TIMEOUT),
 }
 

@@ -26,6 +26,7 @@ from fixtures import seccomp
 from fixtures.hearing import PATIENCE, next_line
 from fixtures.tracees import Torture, compile_program, run_torture, running, state_of, wait_until
 from patcher import seam
+from patcher.pausing.conditions import Conditions
 from patcher.process import surroundings
 from patcher.transactions import filters
 from patcher.transactions.filters import filter_programs
@@ -38,6 +39,7 @@ from tests.patchmaker import compile_version
 
 pytestmark = pytest.mark.root
 
+PATIENT = Conditions(timeout=20)
 UNDER = Path(seccomp.__file__)
 GETPPID, MOUNT = 110, 165  # syscall_64.tbl
 KILLING = {
@@ -101,7 +103,7 @@ def refused(program: Answering, patch: PatchObject, kind: type[LivegraftError], 
     said = set()
     for command in (check, apply):
         with left_alone(program), pytest.raises(kind, match="system-call filter of process") as caught:
-            command(program.pid, patch, timeout=20)
+            command(program.pid, patch, PATIENT)
         error = caught.value
         said.add((error.what, error.why, error.next_step))
     assert len(said) == 1
@@ -113,11 +115,11 @@ def refused(program: Answering, patch: PatchObject, kind: type[LivegraftError], 
 
 def there_and_back(program: Answering, patch: PatchObject) -> None:
     program.answers(1)
-    check(program.pid, patch, timeout=20)
+    check(program.pid, patch, PATIENT)
     program.answers(1)
-    apply(program.pid, patch, timeout=20)
+    apply(program.pid, patch, PATIENT)
     program.answers(2)
-    revert(program.pid, timeout=20)
+    revert(program.pid, conditions=PATIENT)
     program.answers(1)
     program.never_mixed()
     at_liberty(program)
@@ -161,7 +163,7 @@ def test_new_code_that_makes_a_forbidden_call_dies_of_it(calling: Built) -> None
     with Answering(calling.old) as program:
         enter(program, "kill")
         refused(program, calling.patch, Refused, "SECCOMP_RET_KILL_PROCESS")
-        apply(program.pid, calling.allowed, timeout=20)
+        apply(program.pid, calling.allowed, PATIENT)
         assert int(program.ask("calls")) > 0  # it lives until it comes to the call
         os.write(program.stdin, b"ask\n")
         wait_until(lambda: state_of(program.pid) == "Z", "its death")
@@ -172,7 +174,7 @@ def test_new_code_that_makes_a_trapped_call_gets_the_signal(calling: Built) -> N
     with Answering(calling.old) as program:
         enter(program, "trap")
         refused(program, calling.patch, Refused, "SECCOMP_RET_TRAP")
-        apply(program.pid, calling.allowed, timeout=20)
+        apply(program.pid, calling.allowed, PATIENT)
         program.answers(2)
         assert program.ask("trapped") == str(int(signal.SIGSYS))
 
@@ -192,7 +194,7 @@ def test_every_filter_of_a_thread_is_asked(built: Built, tmp_path: Path) -> None
         refused(program, built.patch, Refused, "SECCOMP_RET_KILL_PROCESS")
     with under(built, (seccomp.ERRNO | seccomp.EPERM, MOUNT), folder=tmp_path) as program:
         enter(program, "no-write-execute-filter")
-        check(program.pid, built.patch, timeout=20)
+        check(program.pid, built.patch, PATIENT)
         enter(program, "kill")
         refused(program, built.patch, Refused, "SECCOMP_RET_KILL_PROCESS")
 
@@ -203,7 +205,7 @@ def test_a_patcher_that_may_not_read_filters_does_not_guess(built: Built) -> Non
 
         def without_rights() -> None:
             seccomp.enter(_ALLOW_ALL)  # a tracer that is under a filter itself is shown none
-            apply(program.pid, built.patch, timeout=20)
+            apply(program.pid, built.patch, PATIENT)
 
         with left_alone(program):
             code, said = in_child(without_rights)
@@ -311,7 +313,7 @@ def test_a_look_that_fails_is_an_error_and_leaves_nothing(built: Built, number: 
         enter(program, "errno")
         with left_alone(program), seam.observe(at_the_look(lambda: int(getattr(errno, number)))):
             with pytest.raises(LivegraftError) as caught:
-                apply(program.pid, built.patch, timeout=20)
+                apply(program.pid, built.patch, PATIENT)
             assert caught.value.next_step
         there_and_back(program, built.patch)
 
@@ -331,23 +333,23 @@ def test_nothing_is_asked_where_nothing_can_happen(built: Built, tmp_path: Path)
     assert not patch.imports
     with seam.observe(observer):
         with Answering(built.old) as program:
-            apply(program.pid, built.patch, timeout=20)
+            apply(program.pid, built.patch, PATIENT)
             program.answers(2)
         with Answering(built.old) as program:
             enter(program, "kill")
-            apply(program.pid, built.allowed, timeout=20)
+            apply(program.pid, built.allowed, PATIENT)
             program.answers(2)
         with Answering(plain) as program:
             enter(program, "kill")
-            apply(program.pid, patch, timeout=20)
+            apply(program.pid, patch, PATIENT)
             program.answers(3)
         assert "SEIZE" in asked and "SECCOMP_GET_FILTER" not in asked
         with Answering(built.old) as program:
             enter(program, "errno")
-            apply(program.pid, built.patch, timeout=20)
+            apply(program.pid, built.patch, PATIENT)
             assert "SECCOMP_GET_FILTER" in asked
             asked.clear()
-            assert apply(program.pid, built.patch, timeout=20).already
+            assert apply(program.pid, built.patch, PATIENT).already
             assert "SECCOMP_GET_FILTER" not in asked
 
 

@@ -30,6 +30,7 @@ from tests.live.grafting import PRELUDE, Running, patch_for
 
 pytestmark = pytest.mark.root
 
+AT_ONCE = Conditions(timeout=0)
 HEAD = (
     PRELUDE
     + """
@@ -108,6 +109,7 @@ def sources(loop: int, handled: int) -> dict[str, str]:
 
 
 BOTH = ("serve", "work")
+KEPT = Conditions(keep_live=BOTH)
 OLD_THREAD, NEW_THREAD, END, START, MIXED = 101, 102, 110, 111, 100
 """Questions: wait until a thread runs the old loop, or the new one; end the thread (which loop was it?); start one."""
 
@@ -148,20 +150,20 @@ def inside(pid: int) -> set[tuple[int, str]]:
 
 def test_without_it_the_loop_keeps_the_patch_out_and_the_way_is_told(running: Running, to: Patches) -> None:
     with pytest.raises(Busy) as caught:
-        apply(running.pid, to[2, 2], timeout=0)
+        apply(running.pid, to[2, 2], AT_ONCE)
     assert any(f"--keep-live {names}" in caught.value.next_step for names in ("serve,work", "work,serve"))
     with pytest.raises(Busy) as caught:
-        apply(running.pid, to[2, 2], timeout=0, keep_live=["work"])
+        apply(running.pid, to[2, 2], Conditions(timeout=0, keep_live=("work",)))
     assert "--keep-live serve" in caught.value.next_step
     assert running.ask(5, OLD_THREAD) == [1005, 1]
 
 
 def test_what_is_kept_live_cannot_be_waited_for(running: Running, to: Patches) -> None:
     with pytest.raises(BadInput) as caught:
-        apply(running.pid, to[2, 2], keep_live=BOTH, when_idle=["serve"])
+        apply(running.pid, to[2, 2], Conditions(keep_live=BOTH, when_idle=("serve",)))
     assert caught.value.what == "serve cannot be both kept live and idle"
     with pytest.raises(Busy) as busy:
-        apply(running.pid, to[2, 2], timeout=0, keep_live=BOTH, when_idle=["main"])
+        apply(running.pid, to[2, 2], Conditions(timeout=0, keep_live=BOTH, when_idle=("main",)))
     assert busy.value.what.startswith("main stayed live") and "--no-when-idle" in busy.value.next_step
     assert altered_code(running.pid) == []
     assert running.ask(5, OLD_THREAD) == [1005, 1]
@@ -169,7 +171,7 @@ def test_what_is_kept_live_cannot_be_waited_for(running: Running, to: Patches) -
 
 def test_old_activations_go_on_and_new_calls_run_new_code(running: Running, to: Patches) -> None:
     worker = max(thread_ids(running.pid))
-    apply(running.pid, to[2, 2], keep_live=BOTH)
+    apply(running.pid, to[2, 2], KEPT)
     assert running.ask(5, OLD_THREAD) == [1010, 1]
     assert inside(running.pid) == {(running.pid, "serve"), (worker, "work")}
     assert running.ask(END, START, NEW_THREAD) == [1, 1, 1]  # the old loop ends; the next one is the new loop
@@ -178,10 +180,10 @@ def test_old_activations_go_on_and_new_calls_run_new_code(running: Running, to: 
 
 
 def test_revert_minds_new_code_only(running: Running, to: Patches) -> None:
-    apply(running.pid, to[2, 2], keep_live=BOTH)
+    apply(running.pid, to[2, 2], KEPT)
     running.ask(END, START, NEW_THREAD)
     with pytest.raises(Busy) as caught:
-        revert(running.pid, timeout=0)
+        revert(running.pid, conditions=AT_ONCE)
     assert caught.value.what.startswith("work (patch ")
     running.ask(END)
     revert(running.pid)
@@ -191,17 +193,17 @@ def test_revert_minds_new_code_only(running: Running, to: Patches) -> None:
 
 
 def test_a_patch_that_replaces_it_asks_again(running: Running, to: Patches) -> None:
-    apply(running.pid, to[2, 2], keep_live=BOTH)
+    apply(running.pid, to[2, 2], KEPT)
     with pytest.raises(Busy):
-        apply(running.pid, to[3, 3], timeout=0)
-    apply(running.pid, to[3, 3], keep_live=BOTH)
+        apply(running.pid, to[3, 3], AT_ONCE)
+    apply(running.pid, to[3, 3], KEPT)
     assert running.ask(5, OLD_THREAD, END, START, 103, END) == [1015, 1, 1, 1, 1, 3]
     revert(running.pid)
     assert running.ask(5) == [1005]
 
 
 def test_one_that_leaves_the_loop_alone_need_not(running: Running, to: Patches) -> None:
-    apply(running.pid, to[2, 2], keep_live=BOTH)
+    apply(running.pid, to[2, 2], KEPT)
     apply(running.pid, to[1, 3])
     assert running.ask(5, OLD_THREAD, END, START, OLD_THREAD) == [1015, 1, 1, 1, 1]
 
@@ -216,7 +218,7 @@ def test_of_what_is_kept_only_the_entry_jump_must_be_free(
         return carry_out(plan, seen, memory, asked, *more, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(transaction, "carry_out", noted)
-    check(running.pid, to[2, 2], keep_live=BOTH)
+    check(running.pid, to[2, 2], KEPT)
     sizes = {item.name: item.end - item.start for item in plans[0].forbidden}
     whole = {item.name: item.old_size for item in to[2, 2].functions}
     assert sizes["serve"] == sizes["work"] == 5
@@ -226,14 +228,14 @@ def test_of_what_is_kept_only_the_entry_jump_must_be_free(
 
 def test_names_that_cannot_be_kept(running: Running, to: Patches, compiled: Compiler, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="nosuch: no function"):
-        check(running.pid, to[2, 2], keep_live=["nosuch"])
+        check(running.pid, to[2, 2], Conditions(keep_live=("nosuch",)))
     with pytest.raises(BadInput, match="company1: no function"):
-        check(running.pid, to[2, 2], keep_live=["company1"])
+        check(running.pid, to[2, 2], Conditions(keep_live=("company1",)))
     pair = compiled.pair(sources(1, 1), sources(2, 2), "-pthread", stripped=False)
     with Running([pair[0]]) as program:
         patch = patch_for(*pair, tmp_path)
         with pytest.raises(Refused) as caught:
-            apply(program.pid, patch, keep_live=["serve"])
+            apply(program.pid, patch, Conditions(keep_live=("serve",)))
         assert "calls handle, which changes" in caught.value.why
         assert not altered_code(program.pid)
 
@@ -242,15 +244,15 @@ def test_two_functions_of_one_name_are_told_apart_by_address(running: Running, t
     (serve,) = [item for item in to[2, 2].old_codes if item.name == "serve"]
     double = replace(to[2, 2], old_codes=(*to[2, 2].old_codes, replace(serve, parts=(serve.parts[0] + 1,))))
     with pytest.raises(BadInput, match="the name of 2 functions"):
-        check(running.pid, double, keep_live=BOTH)
-    check(running.pid, double, keep_live=(hex(serve.parts[0]), "work"))
+        check(running.pid, double, KEPT)
+    check(running.pid, double, Conditions(keep_live=(hex(serve.parts[0]), "work")))
 
 
 def test_what_a_killed_patcher_has_begun_can_be_undone_under_the_loop(running: Running, to: Patches) -> None:
     patcher = os.fork()
     if patcher == 0:
         try:
-            apply(running.pid, to[2, 2], keep_live=BOTH, on_step=lambda name: os._exit(7) if name == "page" else None)
+            apply(running.pid, to[2, 2], KEPT, on_step=lambda name: os._exit(7) if name == "page" else None)
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(patcher, 0)[1]) == 7
@@ -262,7 +264,7 @@ def test_what_a_killed_patcher_has_begun_can_be_undone_under_the_loop(running: R
 
 @pytest.mark.parametrize("said", ["kept", "idle"])
 def test_a_record_that_names_what_is_no_code_is_not_believed(running: Running, to: Patches, said: str) -> None:
-    apply(running.pid, to[2, 2], keep_live=BOTH)
+    apply(running.pid, to[2, 2], KEPT)
     record = inspect_process(running.pid).patches[0].record
     for forged in (KeptCode("serve", 0x1000, 64), KeptCode("serve", record.address, 64), KeptCode("serve", 1 << 62, 1)):
         contents = replace(record.contents, **{said: (forged,)})

@@ -26,6 +26,7 @@ from elfdiff.errors import BadInput
 from fixtures.intact import altered_code
 from fixtures.tracees import compile_program, handled_signals, running, wait_until
 from patcher import seam
+from patcher.pausing.conditions import Conditions
 from patcher.records.record import State
 from patcher.remote.descriptors import leaked_memory_files
 from patcher.threads import batch, ptrace, tracees
@@ -39,6 +40,7 @@ pytestmark = pytest.mark.root
 
 PATIENCE = 120.0
 """Seconds for the functions to be idle: on a busy machine a thread may be put aside inside one of them."""
+PATIENT = Conditions(timeout=PATIENCE)
 SEED = int(os.environ.get("LIVEGRAFT_SEED", time.time_ns() % 1_000_000))
 SAMPLE = int(os.environ.get("LIVEGRAFT_SAMPLE", "2"))
 """Writes of each kind of work in an ordinary run, and one operation more."""
@@ -77,17 +79,17 @@ class Work:
 def put(program: Vigilant, built: Versions, *order: int) -> None:
     for version in order:
         if version == 1:
-            revert(program.pid, timeout=PATIENCE)
+            revert(program.pid, conditions=PATIENT)
         else:
-            apply(program.pid, built.to[version], timeout=PATIENCE)
+            apply(program.pid, built.to[version], PATIENT)
 
 
 def applying(version: int) -> Callable[[int, Versions], object]:
-    return lambda pid, built: apply(pid, built.to[version], timeout=PATIENCE)
+    return lambda pid, built: apply(pid, built.to[version], PATIENT)
 
 
 def reverting(pid: int, built: Versions) -> object:
-    return revert(pid, timeout=PATIENCE)
+    return revert(pid, conditions=PATIENT)
 
 
 WORK = [
@@ -190,13 +192,13 @@ def carry_on(program: Vigilant, built: Versions, chosen: random.Random) -> None:
     states = {one.record.state for one in inspect_process(pid).patches}
     if chosen.random() < 0.5:
         if states & {State.APPLYING, State.REVERTING, State.APPLIED}:
-            revert(pid, timeout=PATIENCE)
+            revert(pid, conditions=PATIENT)
         else:
             with pytest.raises(BadInput):
-                if revert(pid, timeout=PATIENCE).already:
+                if revert(pid, conditions=PATIENT).already:
                     raise BadInput("it is reverted")  # as good: there was one, and it is out of force
     version = chosen.choice((2, 3))
-    outcome = apply(pid, built.to[version], timeout=PATIENCE)
+    outcome = apply(pid, built.to[version], PATIENT)
     assert version_of(program, built) == version
     program.answers(version)
     assert outcome.already or not leaked_memory_files(pid)  # where nothing is to be done, nothing is swept

@@ -23,6 +23,7 @@ from elfdiff.patchobject import PatchObject
 from fixtures.daemon import PROBES, Daemon, probe, run_kv
 from fixtures.intact import altered_code, writable_and_executable
 from fixtures.load import Load
+from patcher.pausing.conditions import Conditions
 from patcher.process import proc
 from patcher.records.record import State
 from patcher.transactions import transaction
@@ -32,18 +33,18 @@ pytestmark = pytest.mark.root
 
 ROUNDS_PER_DAEMON = 4
 ROUNDS = int(os.environ.get("LIVEGRAFT_ROUNDS", "60"))
-TIMEOUT = 60.0
+PATIENT = Conditions(timeout=60)
 
 Kv = Callable[..., Path]
 Operation = Callable[[int, PatchObject], None]
 
 
 def do_apply(pid: int, patch: PatchObject) -> None:
-    transaction.apply(pid, patch, timeout=TIMEOUT)
+    transaction.apply(pid, patch, PATIENT)
 
 
 def do_revert(pid: int, patch: PatchObject) -> None:
-    transaction.revert(pid, timeout=TIMEOUT)
+    transaction.revert(pid, conditions=PATIENT)
 
 
 def in_child(work: Callable[[], None]) -> int:

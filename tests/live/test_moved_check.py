@@ -24,6 +24,7 @@ from elfdiff.patchobject import PatchObject, Severity
 from fixtures.hearing import PATIENCE, next_line
 from fixtures.intact import altered_code
 from patcher.cli import main
+from patcher.pausing.conditions import Conditions
 from patcher.records.record import State
 from patcher.transactions.inspection import inspect_process
 from patcher.transactions.transaction import apply, check, revert, watch_apply, watch_revert
@@ -33,6 +34,8 @@ from tests.live.replacing import one, put
 
 pytestmark = pytest.mark.root
 
+AT_ONCE = Conditions(timeout=0)
+PATIENT = Conditions(timeout=PATIENCE)
 SOURCE = Path(__file__).parents[2] / "fixtures" / "logins.c"
 LATE, EARLY = 0, 1
 """Builds: the check is in serve(), which is called last; it is in accept_user(), which is called first."""
@@ -161,7 +164,7 @@ def test_diff_names_the_caller_and_what_moves(build: Build, make: Make) -> None:
 def test_the_trap_springs_where_nobody_waits_for_the_caller(build: Build, make: Make) -> None:
     with Server(build(LATE)) as server:
         client = server.park("mallory")
-        apply(server.pid, make(LATE, EARLY), own_idle=False, timeout=PATIENCE)
+        apply(server.pid, make(LATE, EARLY), Conditions(timeout=PATIENCE, own_idle=False))
         server.release()
         assert client.answer() == "welcome"  # nobody has checked who that is
         assert server.tally() == (1, 1, 0)
@@ -170,9 +173,9 @@ def test_the_trap_springs_where_nobody_waits_for_the_caller(build: Build, make: 
 
 def test_the_trap_springs_on_the_way_back(build: Build, make: Make) -> None:
     with Server(build(EARLY)) as server:
-        apply(server.pid, make(EARLY, LATE), timeout=PATIENCE)
+        apply(server.pid, make(EARLY, LATE), PATIENT)
         client = server.park("mallory")
-        revert(server.pid, own_idle=False, timeout=PATIENCE)
+        revert(server.pid, conditions=Conditions(timeout=PATIENCE, own_idle=False))
         server.release()
         assert client.answer() == "welcome"
         assert server.tally() == (1, 1, 0)
@@ -183,17 +186,17 @@ def test_apply_waits_for_who_is_between_the_calls(build: Build, make: Make) -> N
     with Server(build(LATE)) as server:
         client = server.park("mallory")
         with pytest.raises(Busy) as caught:
-            apply(server.pid, patch, timeout=0)
+            apply(server.pid, patch, AT_ONCE)
         assert patch.idle[0].name in caught.value.what and "--no-when-idle" in caught.value.next_step
         with pytest.raises(Busy):
-            check(server.pid, patch, timeout=0)
+            check(server.pid, patch, AT_ONCE)
         watched = watch_apply(server.pid, patch, 0)
         assert watched is not None and [item.function for item in watched.now] == [patch.idle[0].name]
         assert watched.unchanged == (patch.idle[0].name,)
         assert altered_code(server.pid) == []
 
         done: list[State] = []
-        patching = threading.Thread(target=lambda: done.append(apply(server.pid, patch, timeout=PATIENCE).state))
+        patching = threading.Thread(target=lambda: done.append(apply(server.pid, patch, PATIENT).state))
         patching.start()
         server.release()
         assert client.answer() == "refused"
@@ -206,17 +209,17 @@ def test_apply_waits_for_who_is_between_the_calls(build: Build, make: Make) -> N
 def test_revert_waits_for_the_same(build: Build, make: Make) -> None:
     patch = make(EARLY, LATE)
     with Server(build(EARLY)) as server:
-        outcome = apply(server.pid, patch, timeout=PATIENCE)
+        outcome = apply(server.pid, patch, PATIENT)
         assert {item.name for item in outcome.contents.idle} == {patch.idle[0].name}
         client = server.park("mallory")
         with pytest.raises(Busy) as caught:
-            revert(server.pid, timeout=0)
+            revert(server.pid, conditions=AT_ONCE)
         assert patch.idle[0].name in caught.value.what
         watched = watch_revert(server.pid, "", 0)
         assert watched is not None and [item.function for item in watched.now] == [patch.idle[0].name]
         server.release()
         assert client.answer() == "refused"
-        revert(server.pid, timeout=PATIENCE)
+        revert(server.pid, conditions=PATIENT)
         assert server.tally() == (1, 0, 0)
         assert altered_code(server.pid) == []
 
@@ -249,7 +252,7 @@ def test_who_waits_before_the_calls_is_in_nobodys_way(build: Build, make: Make) 
     with Server(build(LATE)) as server:
         clients = [server.connect() for _ in range(3)]
         assert [client.ask("login alice") for client in clients] == ["welcome"] * 3
-        assert apply(server.pid, make(LATE, EARLY), timeout=PATIENCE).state is State.APPLIED
+        assert apply(server.pid, make(LATE, EARLY), PATIENT).state is State.APPLIED
         assert [client.ask("login mallory") for client in clients] == ["refused"] * 3
 
 
@@ -265,8 +268,8 @@ def test_none_slips_through_under_load(build: Build, make: Make) -> None:
             load.start()
         turns = 0
         while turns < TURNS or server.tally()[0] < LOGINS:
-            assert apply(server.pid, patch, timeout=PATIENCE).pause is not None
-            revert(server.pid, timeout=PATIENCE)
+            assert apply(server.pid, patch, PATIENT).pause is not None
+            revert(server.pid, conditions=PATIENT)
             turns += 1
         stop.set()
         for load in loads:
@@ -300,19 +303,19 @@ def test_a_named_function_is_waited_for_and_noted(build: Build, make: Make) -> N
     with Server(build(LATE)) as server:
         client = server.park("mallory")
         with pytest.raises(Busy) as caught:
-            apply(server.pid, plain, timeout=0, when_idle=[named])
+            apply(server.pid, plain, Conditions(timeout=0, when_idle=(named,)))
         assert caught.value.what.startswith(f"{named} stayed live")
         server.release()
         assert client.answer() == "refused"
-        apply(server.pid, plain, timeout=PATIENCE, when_idle=[named])
+        apply(server.pid, plain, Conditions(timeout=PATIENCE, when_idle=(named,)))
         (patch,) = inspect_process(server.pid).patches
         assert {item.name for item in patch.record.contents.idle} == {named}
 
         client = server.park("alice")  # new code has checked her; the old one would again
         with pytest.raises(Busy) as caught:
-            revert(server.pid, timeout=0)
+            revert(server.pid, conditions=AT_ONCE)
         assert caught.value.what.startswith(f"{named} stayed live")
-        revert(server.pid, own_idle=False, timeout=PATIENCE)
+        revert(server.pid, conditions=Conditions(timeout=PATIENCE, own_idle=False))
         server.release()
         assert client.answer() == "welcome"
         assert server.tally() == (2, 0, 1)
@@ -321,27 +324,27 @@ def test_a_named_function_is_waited_for_and_noted(build: Build, make: Make) -> N
 def test_a_function_is_waited_for_at_a_revert_alone(build: Build, make: Make) -> None:
     named = caller(make(LATE, EARLY), build)
     with Server(build(EARLY)) as server:
-        apply(server.pid, make(EARLY, LATE, "moved-code"), timeout=PATIENCE)
+        apply(server.pid, make(EARLY, LATE, "moved-code"), PATIENT)
         client = server.park("mallory")
         with pytest.raises(Busy):
-            revert(server.pid, timeout=0, when_idle=[named])
+            revert(server.pid, conditions=Conditions(timeout=0, when_idle=(named,)))
         server.release()
         assert client.answer() == "refused"
-        revert(server.pid, timeout=PATIENCE, when_idle=[named])
+        revert(server.pid, conditions=Conditions(timeout=PATIENCE, when_idle=(named,)))
 
 
 def test_a_patch_that_replaces_one_waits_for_what_that_one_waited_for(build: Build, make: Make) -> None:
     patch = make(LATE, EARLY)
     other = replace(make(LATE, EARLY, "moved-code"), id="ab" * 32)
     with Server(build(LATE)) as server:
-        apply(server.pid, patch, timeout=PATIENCE)
+        apply(server.pid, patch, PATIENT)
         client = server.park("alice")
         with pytest.raises(Busy) as caught:
-            apply(server.pid, other, timeout=0)
+            apply(server.pid, other, AT_ONCE)
         assert patch.idle[0].name in caught.value.what
         server.release()
         assert client.answer() == "welcome"
-        apply(server.pid, other, timeout=PATIENCE)
+        apply(server.pid, other, PATIENT)
 
 
 WRONG = {
@@ -379,10 +382,10 @@ def test_an_address_inside_of_a_function_is_no_function(build: Build, make: Make
     patch = make(LATE, EARLY)
     with Server(build(LATE)) as server:
         with pytest.raises(BadInput) as caught:
-            check(server.pid, patch, when_idle=[hex(patch.idle[0].start)])
+            check(server.pid, patch, Conditions(when_idle=(hex(patch.idle[0].start),)))
         assert "begins there" in caught.value.what and caught.value.next_step.startswith("--when-idle 0x")
         again = caught.value.next_step.removeprefix("--when-idle ")
-        assert check(server.pid, patch, when_idle=[again], timeout=PATIENCE).state is State.PREPARED
+        assert check(server.pid, patch, Conditions(timeout=PATIENCE, when_idle=(again,))).state is State.PREPARED
 
 
 def test_it_is_said_by_every_verb(

@@ -14,6 +14,7 @@ import pytest
 from elfdiff.errors import Busy, LivegraftError, TargetDamaged
 from fixtures.intact import altered_code
 from patcher.pausing import quickpause
+from patcher.pausing.conditions import Conditions
 from patcher.pausing.quickpause import QuickPause
 from patcher.process.memory import Memory
 from patcher.process.proc import thread_ids
@@ -38,6 +39,7 @@ pytestmark = [
 
 Held = Sequence[tuple[int, bytes]]
 PATIENCE = 120.0
+PATIENT = Conditions(timeout=PATIENCE)
 NEVER = 1 << 40
 ERRORS = (errno.EIO, errno.ESRCH, errno.EPERM, errno.EFAULT, errno.EINTR, errno.ENOMEM)
 """EIO and ESRCH of ptrace(2) say that a thread is gone, which has to be seen to be true before it is believed."""
@@ -95,10 +97,10 @@ def test_a_pause_in_which_nothing_is_unusual_is_made_in_c(
     before = running.code()
     pid = running.pid
     for act, version in (
-        (lambda: check(pid, built.to[2], timeout=PATIENCE), 1),
-        (lambda: apply(pid, built.to[2], timeout=PATIENCE), 2),
-        (lambda: apply(pid, built.to[3], timeout=PATIENCE), 3),
-        (lambda: revert(pid, timeout=PATIENCE), 1),
+        (lambda: check(pid, built.to[2], PATIENT), 1),
+        (lambda: apply(pid, built.to[2], PATIENT), 2),
+        (lambda: apply(pid, built.to[3], PATIENT), 3),
+        (lambda: revert(pid, conditions=PATIENT), 1),
     ):
         pause = act().pause
         running.answers(version)
@@ -122,9 +124,9 @@ def test_a_set_is_carried_by_c_as_well(observed: Observed, cache_folder: Path, t
     both = patch_for(pair.program, later, tmp_path / "program"), patch_for(pair.old, pair.new, tmp_path / "library")
     with pair.running() as process:
         for act, answer in (
-            (lambda: check(process.pid, both, timeout=PATIENCE), 1013),
-            (lambda: apply(process.pid, both, timeout=PATIENCE), 1017),
-            (lambda: revert(process.pid, timeout=PATIENCE), 1013),
+            (lambda: check(process.pid, both, PATIENT), 1013),
+            (lambda: apply(process.pid, both, PATIENT), 1017),
+            (lambda: revert(process.pid, conditions=PATIENT), 1013),
         ):
             assert len(act().members) == 2
             assert observed.steps[-1] is Step.DONE
@@ -135,7 +137,7 @@ def test_a_set_is_carried_by_c_as_well(observed: Observed, cache_folder: Path, t
 def test_a_live_function_is_left_to_python(built: Versions, running: Answering, observed: Observed) -> None:
     running.ask("hold")
     with pytest.raises(Busy, match=r"\bheld\b.* stayed live"):
-        apply(running.pid, built.to[2], timeout=0.3)
+        apply(running.pid, built.to[2], Conditions(timeout=0.3))
     assert set(observed.steps) == {Step.STACKS}
     assert running.ask("release") == "released"
     running.answers(1)
@@ -154,7 +156,7 @@ def test_what_is_not_as_expected_is_left_to_python(
         made(self, memory, check, other, writes)
 
     monkeypatch.setattr(QuickPause, "__init__", init)
-    apply(running.pid, built.to[2], timeout=PATIENCE)  # which Python finds as it should be
+    apply(running.pid, built.to[2], PATIENT)  # which Python finds as it should be
     assert observed.steps[-1] is Step.COMPARE
     running.answers(2)
 
@@ -166,12 +168,12 @@ def test_an_operation_fails_and_python_goes_on(
 ) -> None:
     """Whoever tries again succeeds, since it fails once: at each operation of the pause all is done in the end."""
     ended: Counter[str] = Counter()
-    apply(running.pid, built.to[2], timeout=PATIENCE)
-    revert(running.pid, timeout=PATIENCE)
+    apply(running.pid, built.to[2], PATIENT)
+    revert(running.pid, conditions=PATIENT)
     for number in sample(range(1, observed.operations + 1), 8, whole):
         for act, version in (
-            (lambda: apply(running.pid, built.to[2], timeout=PATIENCE), 2),
-            (lambda: revert(running.pid, timeout=PATIENCE), 1),
+            (lambda: apply(running.pid, built.to[2], PATIENT), 2),
+            (lambda: revert(running.pid, conditions=PATIENT), 1),
         ):
             observed.disturb, observed.error = number, error
             observed.steps.clear()
@@ -195,9 +197,9 @@ def test_a_failed_write_in_a_process_that_cannot_be_held_is_damage(
 ) -> None:
     """Something has been written then, and nobody stands still for it to be taken back: the next command does."""
     for _ in range(2):
-        apply(running.pid, built.to[2], timeout=PATIENCE)
+        apply(running.pid, built.to[2], PATIENT)
         operations = observed.operations
-        revert(running.pid, timeout=PATIENCE)
+        revert(running.pid, conditions=PATIENT)
     made = SeizedProcess._read_threads
 
     def fail(self: SeizedProcess, buffer: ctypes.Array[Registers]) -> StoppedThreads:
@@ -210,17 +212,17 @@ def test_a_failed_write_in_a_process_that_cannot_be_held_is_damage(
         for back in LAST_WRITES:
             observed.disturb, observed.error = operations - len(thread_ids(running.pid)) - back, errno.EIO
             try:
-                apply(running.pid, built.to[2], timeout=PATIENCE)
+                apply(running.pid, built.to[2], PATIENT)
             except TargetDamaged as error:
                 assert "patched in part" in error.what
                 break
-            revert(running.pid, timeout=PATIENCE)
+            revert(running.pid, conditions=PATIENT)
     assert observed.steps[-1] is Step.WRITE
     assert_at_liberty(running.pid)
     (found,) = (item for item in inspect_process(running.pid).patches if item.record.interrupted)
     assert found.record.state is State.APPLYING
-    revert(running.pid, timeout=PATIENCE)
+    revert(running.pid, conditions=PATIENT)
     running.answers(1)
-    apply(running.pid, built.to[2], timeout=PATIENCE)
+    apply(running.pid, built.to[2], PATIENT)
     running.answers(2)
     running.never_mixed()

@@ -15,6 +15,7 @@ from elfdiff.patchobject import PatchObject
 from patcher import seam
 from patcher.pausing import returns
 from patcher.pausing.breakpoints_x86_64 import MAX_BREAKPOINTS, Breakpoint
+from patcher.pausing.conditions import Conditions
 from patcher.process.proc import status, thread_ids
 from patcher.transactions.transaction import Outcome, apply, watch_apply
 from tests.compile import Compiler
@@ -22,6 +23,7 @@ from tests.live.grafting import Running, patch_for, sources
 
 pytestmark = pytest.mark.root
 
+PATIENT = Conditions(timeout=1e5)
 WORKER = """
 #include <errno.h>
 #include <pthread.h>
@@ -107,18 +109,18 @@ def patched(outcome: Outcome, program: Running) -> None:
 def test_a_return_ends_the_wait(program: Running, pair: tuple[Path, PatchObject]) -> None:
     program.ask(1)
     with while_waiting(lambda: program.ask(2)):
-        patched(apply(program.pid, pair[1], timeout=1e5), program)
+        patched(apply(program.pid, pair[1], PATIENT), program)
 
 
 def test_an_inner_return_to_the_same_address_does_not(program: Running, pair: tuple[Path, PatchObject]) -> None:
     with while_waiting(lambda: program.ask(1), lambda: program.ask(2)):
-        patched(apply(program.pid, pair[1], timeout=1e5), program)
+        patched(apply(program.pid, pair[1], PATIENT), program)
 
 
 def test_the_end_of_a_thread_does(program: Running, pair: tuple[Path, PatchObject]) -> None:
     program.ask(1)
     with while_waiting(lambda: program.ask(3)):
-        patched(apply(program.pid, pair[1], timeout=1e5), program)
+        patched(apply(program.pid, pair[1], PATIENT), program)
 
 
 def test_nobody_is_traced_meanwhile_and_signals_arrive(program: Running, pair: tuple[Path, PatchObject]) -> None:
@@ -133,7 +135,7 @@ def test_nobody_is_traced_meanwhile_and_signals_arrive(program: Running, pair: t
         program.ask(2)
 
     with while_waiting(look):
-        patched(apply(program.pid, pair[1], timeout=1e5), program)
+        patched(apply(program.pid, pair[1], PATIENT), program)
     assert seen == [0, 0]
 
 
@@ -150,7 +152,7 @@ def test_without_breakpoints_it_looks_again_and_again(program: Running, pair: tu
         return errno.EACCES
 
     with seam.observe(refuse):
-        outcome = apply(program.pid, pair[1], timeout=1e5)
+        outcome = apply(program.pid, pair[1], PATIENT)
     assert outcome.pause is not None
     assert outcome.pause.waits.returns == 0 and outcome.pause.waits.polls == refused == outcome.pause.tries - 1
     assert os.strerror(errno.EACCES) in outcome.pause.waits.why
@@ -176,7 +178,7 @@ def test_a_death_while_waiting_costs_the_target_nothing(program: Running, pair: 
     if patcher == 0:
         try:
             with while_waiting(lambda: os.kill(os.getpid(), signal.SIGKILL)):
-                apply(program.pid, pair[1], timeout=1e5)
+                apply(program.pid, pair[1], PATIENT)
         finally:
             os._exit(1)
     assert os.WTERMSIG(os.waitpid(patcher, 0)[1]) == signal.SIGKILL

@@ -23,7 +23,7 @@ from patcher.threads import batch
 from patcher.transactions.inspection import inspect_process
 from patcher.transactions.transaction import apply, revert
 from tests.live.pairing import Pairs, pairs, version_in_force
-from tests.live.test_kill_points import EVERY, IN_C, MOST_IN_C, PATIENCE, SAMPLE, SEED, Point, every, killed_before
+from tests.live.test_kill_points import EVERY, IN_C, MOST_IN_C, PATIENT, SAMPLE, SEED, Point, every, killed_before
 from tests.live.vigilant import SOURCE, Vigilant, code_is_accounted_for, unharmed
 
 pytestmark = pytest.mark.root
@@ -52,9 +52,9 @@ WORK = [
 def put(pid: int, built: Pairs, *order: int) -> None:
     for version in order:
         if version == 1:
-            revert(pid, timeout=PATIENCE)
+            revert(pid, conditions=PATIENT)
         else:
-            apply(pid, built.to[version], timeout=PATIENCE)
+            apply(pid, built.to[version], PATIENT)
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +75,13 @@ def carry_on(program: Vigilant, built: Pairs, work: Work, chosen: random.Random)
     """The next commands, whatever was left: both patches or neither, and at last all is as in the files."""
     pid = program.pid
     if version_in_force(program, built) != 1 and chosen.random() < 0.5:
-        revert(pid, timeout=PATIENCE)
+        revert(pid, conditions=PATIENT)
         both(program, built, 1, work.versions[0])  # of a replacement that is undone, what it was to replace
     version = chosen.choice((2, 3))
-    outcome = apply(pid, built.to[version], timeout=PATIENCE)
+    outcome = apply(pid, built.to[version], PATIENT)
     both(program, built, version)
     assert outcome.already or not leaked_memory_files(pid)
-    revert(pid, timeout=PATIENCE)
+    revert(pid, conditions=PATIENT)
     both(program, built, 1)
     assert altered_code(pid) == []
 

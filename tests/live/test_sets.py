@@ -11,6 +11,7 @@ import pytest
 from elfdiff.errors import BadInput, Busy, NotConcerned, Refused
 from elfdiff.patches.patchfile import write_patch
 from fixtures.intact import altered_code, writable_and_executable
+from patcher.pausing.conditions import Conditions
 from patcher.records.record import State
 from patcher.transactions.inspection import inspect_process
 from patcher.transactions.transaction import apply, check, revert, watch_apply
@@ -23,6 +24,7 @@ from tests.live.pairing import Pairs, pairs, version_in_force
 pytestmark = pytest.mark.root
 
 PATIENCE = 60.0
+PATIENT = Conditions(timeout=PATIENCE)
 NOTED = ([{"hold"}, {"complain"}], [{"complain"}, {"hold"}])
 """By image, in the order of their addresses: functions that do not change, one of the program, one of the library."""
 
@@ -46,11 +48,11 @@ def both(program: Answering, version: int) -> None:
 
 def test_there_and_back_in_one_stop_each(built: Pairs, program: Answering, either: str) -> None:
     for version in (2, 3, 2):
-        outcome = apply(program.pid, built.to[version], timeout=PATIENCE)
+        outcome = apply(program.pid, built.to[version], PATIENT)
         assert len(outcome.members) == 2 and len({one.pause for one in outcome.members}) == 1
         both(program, version)
         assert version_in_force(program, built) == version and writable_and_executable(program.pid) == []
-    gone = revert(program.pid, timeout=PATIENCE)
+    gone = revert(program.pid, conditions=PATIENT)
     assert {one.contents.patch for one in gone.members} == {patch.id for patch in built.to[2]}
     both(program, 1)
     assert version_in_force(program, built) == 1 and altered_code(program.pid) == []
@@ -58,24 +60,24 @@ def test_there_and_back_in_one_stop_each(built: Pairs, program: Answering, eithe
 
 @pytest.mark.parametrize("member", [0, 1])
 def test_whichever_is_named_all_of_a_set_is_reverted(member: int, built: Pairs, program: Answering) -> None:
-    apply(program.pid, built.to[2], timeout=PATIENCE)
+    apply(program.pid, built.to[2], PATIENT)
     assert apply(program.pid, built.to[2]).already
     assert apply(program.pid, built.to[2][member]).already  # by itself it is in force, too
-    assert len(revert(program.pid, built.to[2][member].id[:12], timeout=PATIENCE).members) == 2
+    assert len(revert(program.pid, built.to[2][member].id[:12], PATIENT).members) == 2
     both(program, 1)
     assert revert(program.pid, built.to[2][member].id).already
     assert altered_code(program.pid) == []
 
 
 def test_a_set_in_force_is_replaced_as_one(built: Pairs, program: Answering) -> None:
-    apply(program.pid, built.to[2], timeout=PATIENCE)
+    apply(program.pid, built.to[2], PATIENT)
     for patch in built.to[3]:
         for command in (apply, check):
             with pytest.raises(Refused, match="one of a set of 2"):
                 command(program.pid, patch)
     both(program, 2)
     assert version_in_force(program, built) == 2
-    outcome = apply(program.pid, built.to[3], timeout=PATIENCE)
+    outcome = apply(program.pid, built.to[3], PATIENT)
     assert [[item.contents.patch for item in one.others] for one in outcome.members] == [
         [built.to[2][0].id],
         [built.to[2][1].id],
@@ -84,20 +86,20 @@ def test_a_set_in_force_is_replaced_as_one(built: Pairs, program: Answering) -> 
 
 
 def test_patches_that_were_applied_alone_become_a_set(built: Pairs, program: Answering) -> None:
-    apply(program.pid, built.to[2][0], timeout=PATIENCE)
+    apply(program.pid, built.to[2][0], PATIENT)
     assert program.ask() == "2001"
-    apply(program.pid, built.to[2], timeout=PATIENCE)
+    apply(program.pid, built.to[2], PATIENT)
     program.answers(2)
     assert version_in_force(program, built) == 2
-    assert len(revert(program.pid, timeout=PATIENCE).members) == 2
+    assert len(revert(program.pid, conditions=PATIENT).members) == 2
     for patch in built.to[2]:
-        apply(program.pid, patch, timeout=PATIENCE)
+        apply(program.pid, patch, PATIENT)
     assert apply(program.pid, built.to[2]).already
     with pytest.raises(BadInput, match="several patches are in force"):
         revert(program.pid)
-    apply(program.pid, built.to[3], timeout=PATIENCE)
+    apply(program.pid, built.to[3], PATIENT)
     program.answers(3)
-    revert(program.pid, timeout=PATIENCE)
+    revert(program.pid, conditions=PATIENT)
     program.answers(1)
     assert altered_code(program.pid) == []
 
@@ -106,25 +108,25 @@ def test_one_function_that_stays_live_keeps_all_of_a_set_out(built: Pairs, progr
     assert program.ask("hold") == "held"
     for command in (apply, check):
         with pytest.raises(Busy, match="held"):
-            command(program.pid, built.to[2], timeout=3.0)  # for all threads to stop on a busy machine
+            command(program.pid, built.to[2], Conditions(timeout=3.0))  # for all threads to stop on a busy machine
     watched = watch_apply(program.pid, built.to[2], 0.1)
     assert watched is not None and "held" in {item.function for item in watched.now} and len(watched.contents) == 2
     both(program, 1)
     assert altered_code(program.pid) == [] and inspect_process(program.pid).patches == ()
     assert program.ask("release") == "released"
-    apply(program.pid, built.to[2], timeout=PATIENCE)
+    apply(program.pid, built.to[2], PATIENT)
     both(program, 2)
 
 
 def test_what_is_named_is_looked_for_in_all_images_of_a_set(built: Pairs, program: Answering) -> None:
     with pytest.raises(BadInput, match="a function of 2 images"):
-        check(program.pid, built.to[2], when_idle=["deregister_tm_clones"])
+        check(program.pid, built.to[2], Conditions(when_idle=("deregister_tm_clones",)))
     with pytest.raises(BadInput, match="no function of"):
-        check(program.pid, built.to[2], when_idle=["nobody"])
+        check(program.pid, built.to[2], Conditions(when_idle=("nobody",)))
     with pytest.raises(Busy, match=r"\bmain\b.* stayed live"):
-        apply(program.pid, built.to[2], timeout=3.0, when_idle=["complain", "main"])
+        apply(program.pid, built.to[2], Conditions(timeout=3.0, when_idle=("complain", "main")))
     assert inspect_process(program.pid).patches == ()
-    outcome = apply(program.pid, built.to[2], timeout=PATIENCE, when_idle=["complain", "hold"])
+    outcome = apply(program.pid, built.to[2], Conditions(timeout=PATIENCE, when_idle=("complain", "hold")))
     assert [{item.name for item in one.contents.idle} for one in outcome.members] in NOTED
     both(program, 2)
 
@@ -133,41 +135,41 @@ def test_death_at_every_step_leaves_all_or_none(built: Pairs, program: Answering
     """Until the first state word of the set says applied, all is undone; from then on all of it is in force."""
     versions: list[tuple[int | None, int]] = []
     for step in range(100):
-        if not killed_at(step, lambda on_step: apply(program.pid, built.to[2], on_step=on_step, timeout=PATIENCE)):
+        if not killed_at(step, lambda on_step: apply(program.pid, built.to[2], PATIENT, on_step=on_step)):
             break
         found = version_in_force(program, built)
         running = int(program.ask()) // 1001
         program.never_mixed()
         versions.append((found, running))
         assert found in (None, running)
-        outcome = revert(program.pid, timeout=PATIENCE) if found != 1 else None
+        outcome = revert(program.pid, conditions=PATIENT) if found != 1 else None
         assert outcome is None or not outcome.already
         both(program, 1)
         assert version_in_force(program, built) == 1
     assert {(1, 1), (None, 1), (None, 2), (2, 2)} == set(versions)
     both(program, 2)
-    assert revert(program.pid, timeout=PATIENCE) and altered_code(program.pid) == []
+    assert revert(program.pid, conditions=PATIENT) and altered_code(program.pid) == []
 
 
 def test_death_at_every_step_of_a_replacement_and_a_revert(built: Pairs, program: Answering) -> None:
     for step in range(0, 100, 2):
-        apply(program.pid, built.to[2], timeout=PATIENCE)
-        killed = killed_at(step, lambda on_step: apply(program.pid, built.to[3], on_step=on_step, timeout=PATIENCE))
+        apply(program.pid, built.to[2], PATIENT)
+        killed = killed_at(step, lambda on_step: apply(program.pid, built.to[3], PATIENT, on_step=on_step))
         program.never_mixed()
         if version_in_force(program, built) is None:
             # Another command than that which was interrupted undoes it first.
-            apply(program.pid, built.to[2], timeout=PATIENCE)
+            apply(program.pid, built.to[2], PATIENT)
             both(program, 2)
         if not killed:
             break
     for step in range(1, 100, 2):
-        killed = killed_at(step, lambda on_step: revert(program.pid, on_step=on_step, timeout=PATIENCE))
+        killed = killed_at(step, lambda on_step: revert(program.pid, conditions=PATIENT, on_step=on_step))
         program.never_mixed()
-        apply(program.pid, built.to[3], timeout=PATIENCE)
+        apply(program.pid, built.to[3], PATIENT)
         both(program, 3)
         if not killed:
             break
-    revert(program.pid, timeout=PATIENCE)
+    revert(program.pid, conditions=PATIENT)
     both(program, 1)
     assert altered_code(program.pid) == []
 
@@ -228,7 +230,7 @@ def test_a_set_on_several_processes_and_all_taken_back_where_one_fails(
     built: Pairs, files: dict[int, list[Path]], livegraft: Livegraft
 ) -> None:
     with built.start() as first, built.start() as second:
-        apply(first.pid, built.to[3], timeout=PATIENCE)
+        apply(first.pid, built.to[3], PATIENT)
         assert second.ask("hold") == "held"
         words = ("--exe", built.program, "--all", "--timeout", 1, "--atomic", "--json")
         found = livegraft("apply", *files[2], *words, status=5).json["processes"]
@@ -273,8 +275,8 @@ def test_what_only_the_new_library_has_cannot_be_bound_to(cache_folder: Path, tm
     with Running([old], {"LD_LIBRARY_PATH": str(libraries[0].parent)}) as process:
         assert process.ask(1) == [3]
         with pytest.raises(Refused, match=f"extra.*patch {of_program.id[:12]}"):
-            apply(process.pid, (of_program, of_library), timeout=PATIENCE)
+            apply(process.pid, (of_program, of_library), PATIENT)
         assert process.ask(1) == [3] and altered_code(process.pid) == []
         assert inspect_process(process.pid).patches == ()
-        apply(process.pid, of_library, timeout=PATIENCE)
+        apply(process.pid, of_library, PATIENT)
         assert process.ask(1) == [4]

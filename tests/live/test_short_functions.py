@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from elfdiff.errors import LivegraftError, Refused
+from patcher.pausing.conditions import Conditions
 from patcher.transactions.transaction import apply
 from tests.compile import Compiler
 from tests.live.grafting import Running, patch_for, sources, there_and_back
@@ -162,4 +163,4 @@ def test_a_return_address_in_the_padding_is_live(compiled: Compiler, tmp_path: P
     with Running([old]) as process:
         process.ask(7)
         with pytest.raises(LivegraftError, match="stayed live"):
-            apply(process.pid, patch, timeout=0.2)
+            apply(process.pid, patch, Conditions(timeout=0.2))

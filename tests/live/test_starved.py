@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from elfdiff.errors import Busy
+from patcher.pausing.conditions import Conditions
 from patcher.process import proc
 from patcher.transactions.transaction import apply, revert
 from tests.live.answering import SPREAD
@@ -24,7 +25,7 @@ from tests.live.vigilant import Vigilant, unharmed, vigilant_versions
 pytestmark = [pytest.mark.root, pytest.mark.soak]
 
 ROUNDS = 12
-PATIENCE = 5.0  # seconds
+PATIENT = Conditions(timeout=5)
 LOWEST, HIGHEST = 19, -10
 
 
@@ -52,9 +53,9 @@ def test_nobody_notices_stops_that_are_given_up(cache_folder: Path, tmp_path: Pa
         for _ in range(ROUNDS):
             try:
                 if applied:
-                    revert(program.pid, timeout=PATIENCE)
+                    revert(program.pid, conditions=PATIENT)
                 else:
-                    apply(program.pid, built.to[2], timeout=PATIENCE)
+                    apply(program.pid, built.to[2], PATIENT)
             except Busy:
                 ended["given up"] += 1
             else:

@@ -15,7 +15,7 @@ from fixtures.tracees import state_of, wait_until
 from patcher import seam
 from patcher.pausing.pause import OnStep
 from patcher.transactions.transaction import apply, revert
-from tests.live.reporting import TIMEOUT, Pair, Reporting, pair, reporting
+from tests.live.reporting import PATIENT, Pair, Reporting, pair, reporting
 
 pytestmark = pytest.mark.root
 
@@ -48,11 +48,11 @@ def by_another(work: Callable[[], object]) -> None:
 
 
 def applied(program: Reporting, on_step: OnStep = lambda _: None) -> None:
-    by_another(lambda: apply(program.pid, program.patch, timeout=TIMEOUT, on_step=on_step))
+    by_another(lambda: apply(program.pid, program.patch, PATIENT, on_step=on_step))
 
 
 def reverted(program: Reporting, on_step: OnStep = lambda _: None) -> None:
-    by_another(lambda: revert(program.pid, timeout=TIMEOUT, on_step=on_step))
+    by_another(lambda: revert(program.pid, conditions=PATIENT, on_step=on_step))
 
 
 def heard(pid: int) -> list[tuple[int, int]]:
@@ -157,8 +157,8 @@ def stopping_at(when: int, program: Reporting, version: int) -> None:
 
     with seam.observe(observer):
         if version == 1:
-            apply(program.pid, program.patch, timeout=TIMEOUT)
+            apply(program.pid, program.patch, PATIENT)
         else:
-            revert(program.pid, timeout=TIMEOUT)
+            revert(program.pid, conditions=PATIENT)
     if next(operations) <= when:
         os.kill(program.pid, signal.SIGSTOP)

@@ -15,7 +15,7 @@ from patcher.process.proc import status
 from patcher.records.record import State
 from patcher.transactions.inspection import inspect_process
 from patcher.transactions.transaction import apply, revert
-from tests.live.reporting import TIMEOUT, Pair, Reporting, pair, reporting
+from tests.live.reporting import PATIENT, Pair, Reporting, pair, reporting
 
 pytestmark = pytest.mark.root
 
@@ -78,20 +78,20 @@ def test_a_child_forked_before_the_commit_is_unpatched_and_can_be_patched(
             if name == moment:
                 children.append(have_child(program))
 
-        apply(program.pid, program.patch, timeout=TIMEOUT, on_step=on_step)
+        apply(program.pid, program.patch, PATIENT, on_step=on_step)
         program.answers(2)
         (child,) = children
         assert states(child) == carries
         assert program.answer_of("child") == 1001
         assert not altered_code(child)
         assert status(child).tracer_pid == 0
-        apply(child, program.patch, timeout=TIMEOUT)
+        apply(child, program.patch, PATIENT)
         assert states(child) == [State.APPLIED]
         assert program.answer_of("child") == 2002
         assert not [path for path in Path(f"/proc/{child}/fd").iterdir() if "memfd" in str(path.readlink())]
         program.back()
         assert program.answer_of("child") == 2002
-        revert(child, timeout=TIMEOUT)
+        revert(child, conditions=PATIENT)
         assert program.answer_of("child") == 1001
 
 
@@ -101,7 +101,7 @@ def test_a_child_forked_while_patched_is_patched_and_has_a_record_of_its_own(sta
         child = have_child(program)
         assert states(child) == [State.APPLIED]
         assert program.answer_of("child") == 2002
-        revert(child, timeout=TIMEOUT)
+        revert(child, conditions=PATIENT)
         assert program.answer_of("child") == 1001
         assert not altered_code(child)
         program.answers(2)

@@ -11,6 +11,7 @@ import pytest
 
 from elfdiff.errors import Busy
 from fixtures.hearing import next_line
+from patcher.pausing.conditions import Conditions
 from patcher.transactions.transaction import apply
 from tests.live.reporting import Pair, Reporting, pair, reporting
 
@@ -81,7 +82,7 @@ def test_threads_inside_of_handlers_on_whatever_stack(handlers: Pair, tmp_path: 
         assert program.torture.complaints == []
         told(program, "inside")
         with pytest.raises(Busy, match="hooked_answer"):
-            apply(program.pid, program.patch, timeout=0.2)
+            apply(program.pid, program.patch, Conditions(timeout=0.2))
         program.answers(1)
         told(program, "outside")
         program.there()

@@ -14,6 +14,7 @@ import pytest
 from elfdiff.errors import Busy
 from fixtures.tracees import state_of, wait_until
 from patcher import seam
+from patcher.pausing.conditions import Conditions
 from patcher.process.memory import Memory
 from patcher.process.proc import status, thread_ids
 from patcher.records.record import State
@@ -104,7 +105,7 @@ def test_threads_of_several_users_and_names(start: Start) -> None:
 def test_a_thread_that_cannot_stop_is_named_and_delays_nobody(start: Start, state: str) -> None:
     with start(state) as program:
         with pytest.raises(Busy) as caught:
-            apply(program.pid, program.patch, timeout=0.2)
+            apply(program.pid, program.patch, Conditions(timeout=0.2))
         assert "did not stop" in caught.value.what
         assert "waits in" in caught.value.details[0]
         stuck = int(caught.value.details[0].split()[1].rstrip(":"))

@@ -13,6 +13,7 @@ import pytest
 from elfdiff.errors import Busy, Refused
 from fixtures.tracees import wait_until
 from patcher import seam
+from patcher.pausing.conditions import Conditions
 from patcher.process.surroundings import frozen_by, limits
 from patcher.remote import borrowed
 from patcher.transactions.transaction import apply, revert
@@ -204,16 +205,16 @@ def test_freezing_in_the_middle_of_an_operation_ends(
 
     def work() -> None:
         with seam.observe(observer):
-            apply(program.pid, built.to[2], timeout=0.5)
+            apply(program.pid, built.to[2], Conditions(timeout=0.5))
         assert not waiting
 
     code, said = in_child(work)
     assert code in (0, Busy.exit_code), said
     freeze(False)
     program.answers(2 if code == 0 else 1)
-    apply(program.pid, built.to[2], timeout=20)
+    apply(program.pid, built.to[2], Conditions(timeout=20))
     program.answers(2)
-    revert(program.pid, timeout=20)
+    revert(program.pid, conditions=Conditions(timeout=20))
     program.answers(1)
     program.never_mixed()
     at_liberty(program)

@@ -16,6 +16,7 @@ import pytest
 from elfdiff.errors import NotPermitted, Refused
 from fixtures.tracees import running, wait_until
 from patcher import seam
+from patcher.pausing.conditions import Conditions
 from patcher.process.memory import Memory
 from patcher.process.proc import mappings, status
 from patcher.process.surroundings import SYS_ADMIN, SYS_PTRACE, status_fields
@@ -256,7 +257,7 @@ def test_somebody_who_comes_to_trace_in_the_middle_is_named(program: Answering, 
 
     try:
         with seam.observe(observer), pytest.raises(NotPermitted, match="traced already"):
-            apply(program.pid, built.to[2], timeout=5)
+            apply(program.pid, built.to[2], Conditions(timeout=5))
         assert tracers
         program.answers(1)
     finally:

@@ -20,6 +20,7 @@ from elfdiff.patches.patchfile import read_patch, write_patch
 from fixtures.build import KV_SOURCES, Variant, build
 from fixtures.daemon import PROBES, KvClient, probe, run_kv
 from fixtures.intact import altered_code, writable_and_executable
+from patcher.pausing.conditions import Conditions
 from patcher.transactions.transaction import apply, revert
 from tests.compile import Compiler
 from tests.live.grafting import Running, patch_for, sources, there_and_back
@@ -175,7 +176,7 @@ def outcome(old: Path, new: Path, folder: Path) -> str:
         said = PATCHED
         for _ in range(2):
             try:
-                apply(daemon.pid, patch, timeout=20 if said == PATCHED else 1)
+                apply(daemon.pid, patch, Conditions(timeout=20 if said == PATCHED else 1))
             except (Refused, Busy) as error:
                 said = f"{error.what}: {error.why}"
                 assert probe(daemon.port) == before

@@ -17,6 +17,7 @@ import pytest
 from elfdiff.errors import Busy, LivegraftError, NotPermitted, Refused, TargetDamaged
 from elfdiff.patchobject import FIRST_IMPORT, RELOCATION_DTYPE, Import, RelocationType
 from fixtures.intact import altered_code
+from patcher.pausing.conditions import Conditions
 from patcher.process.memory import Memory
 from patcher.process.proc import mappings
 from patcher.records.record import State, encode_slot
@@ -138,7 +139,7 @@ def test_a_live_function_is_busy_and_leaves_no_trace(running: Answering, built: 
     running.ask("hold")
     before = running.code(), running.maps, running.descriptors
     with pytest.raises(Busy) as caught:
-        apply(running.pid, built.to[2], timeout=0.3)
+        apply(running.pid, built.to[2], Conditions(timeout=0.3))
     assert "held" in caught.value.what
     assert any("libc" in line for line in caught.value.details)
     assert (running.code(), running.maps, running.descriptors) == before
@@ -153,7 +154,7 @@ def test_a_thread_in_the_new_code_keeps_it_from_being_reverted(running: Answerin
     apply(running.pid, built.to[2])
     running.ask("hold")
     with pytest.raises(Busy) as caught:
-        revert(running.pid, timeout=0.3)
+        revert(running.pid, conditions=Conditions(timeout=0.3))
     assert built.to[2].id[:12] in caught.value.what
     running.answers(2)
     assert states(running.pid) == [State.APPLIED]
@@ -170,7 +171,7 @@ def test_check_writes_nothing_and_answers_like_apply(running: Answering, built: 
     running.answers(1)
     running.ask("hold")
     with pytest.raises(Busy):
-        check(running.pid, built.to[2], timeout=0.2)
+        check(running.pid, built.to[2], Conditions(timeout=0.2))
 
 
 def test_a_process_whose_file_was_replaced_is_patched_from_memory(built: Versions, tmp_path: Path) -> None:

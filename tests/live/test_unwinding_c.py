@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from elfdiff.errors import Busy
+from patcher.pausing.conditions import Conditions
 from patcher.process.proc import mappings
 from patcher.transactions.transaction import apply, revert
 from tests.compile import Compiler
@@ -120,12 +121,12 @@ def test_a_thread_that_waits_in_a_function_keeps_its_version_and_is_cancelled_th
     with Running([old]) as running:
         assert running.ask(0) == [100]
         with pytest.raises(Busy):
-            apply(running.pid, patch, timeout=0.1)
+            apply(running.pid, patch, Conditions(timeout=0.1))
         assert running.ask(CANCELS) == [10107]
         apply(running.pid, patch)
         assert running.ask(0) == [200]
         with pytest.raises(Busy):
-            revert(running.pid, timeout=0.1)
+            revert(running.pid, conditions=Conditions(timeout=0.1))
         assert running.ask(CANCELS) == [10207]
         revert(running.pid)
         assert cancelled(running) == EXPECTED[100]

@@ -25,6 +25,7 @@ from fixtures.intact import altered_code, mappings, writable_and_executable
 from fixtures.load import Load, Report
 from fixtures.redis import RedisBuild, RedisServer, RespClient, redis_build, run_benchmark, run_redis
 from fixtures.tracees import wait_until
+from patcher.pausing.conditions import Conditions
 from patcher.records.record import State
 from patcher.transactions import transaction
 from patcher.transactions.inspection import inspect_process
@@ -198,7 +199,7 @@ def test_rounds_under_load_with_a_replica(
         site.load.more(500)
         before = site.load.mark()
         if number % COMMANDS:
-            pauses.append(pause_of(transaction.apply(pid, fix, timeout=60)))
+            pauses.append(pause_of(transaction.apply(pid, fix, Conditions(timeout=60))))
         else:
             pauses.append(livegraft("apply", patch, "--pid", pid, "--json", "--timeout", 60).json["pause_us"])
         after = site.load.mark()
@@ -209,7 +210,7 @@ def test_rounds_under_load_with_a_replica(
         assert states(pid) == [State.APPLIED]
         check_service(site, kept, number)
         if number % COMMANDS:
-            transaction.revert(pid, timeout=60)
+            transaction.revert(pid, conditions=Conditions(timeout=60))
         else:
             assert len(applied(livegraft("status", "--pid", pid, "--json").json)) == 1
             livegraft("revert", "--pid", pid, "--json")

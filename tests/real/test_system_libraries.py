@@ -19,6 +19,7 @@ from elfdiff.patchobject import PatchObject
 from fixtures.debian import Unpacked
 from fixtures.intact import altered_code, writable_and_executable
 from fixtures.reencoded import reencoded
+from patcher.pausing.conditions import Conditions
 from patcher.transactions.inspection import inspect_process
 from patcher.transactions.transaction import apply, revert
 from tests.compile import Compiler
@@ -31,7 +32,7 @@ Fetch = Callable[[str, str], Unpacked]
 FOLDER = "lib/x86_64-linux-gnu"
 LIBC_OLD, LIBC_NEW = "2.36-9+deb12u7", "2.36-9+deb12u14"
 SSL = ("3.0.17-1~deb12u2", "3.0.20-1~deb12u2", "3.0.22-1~deb12u2")
-PATIENCE = 120.0
+PATIENT = Conditions(timeout=120)
 
 CHANGED = (
     "mmap", "munmap", "mprotect", "mremap", "madvise", "memfd_create", "close", "open", "write", "fcntl", "prctl",
@@ -121,10 +122,10 @@ def test_the_c_library_is_exchanged_under_its_users(libc_patch: PatchObject, pro
     assert len(libc_patch.functions) == len(CHANGED) + 1
     assert process.ask(0, 1) == [0, 0]
     for _ in range(3):
-        apply(process.pid, libc_patch, timeout=PATIENCE)
+        apply(process.pid, libc_patch, PATIENT)
         assert process.ask(0, 1) == [1, 0]
         assert writable_and_executable(process.pid) == []
-        revert(process.pid, timeout=PATIENCE)
+        revert(process.pid, conditions=PATIENT)
         assert process.ask(0, 1) == [0, 0]
         assert altered_code(process.pid) == []
 
@@ -144,11 +145,11 @@ def test_another_library_is_patched_while_the_c_library_is(
     program = compiled({"main.c": main}, str(old), "-Wl,--no-as-needed", "-lgcc_s")
     patch = patch_for(old, new, tmp_path)
     with Running([libc / "ld-linux-x86-64.so.2", "--library-path", f"{libc}:{old.parent}", program]) as process:
-        apply(process.pid, libc_patch, timeout=PATIENCE)
+        apply(process.pid, libc_patch, PATIENT)
         assert process.ask(0, 1) == [1, 3]
-        apply(process.pid, (patch, libc_patch), timeout=PATIENCE)
+        apply(process.pid, (patch, libc_patch), PATIENT)
         assert process.ask(0, 1) == [1, 43]
-        assert len(revert(process.pid, timeout=PATIENCE).members) == 2
+        assert len(revert(process.pid, conditions=PATIENT).members) == 2
         assert process.ask(0, 1) == [0, 3] and altered_code(process.pid) == []
 
 
@@ -266,10 +267,10 @@ def test_libssl_is_updated_under_handshakes(
     with Running([program], {"LD_LIBRARY_PATH": str(old), "PEM": str(pem)}) as process:
         assert process.ask(0, 1) == [1, 0]
         for _ in range(2):
-            apply(process.pid, patch, timeout=PATIENCE)
+            apply(process.pid, patch, PATIENT)
             assert process.ask(1) == [0]
             (carried,) = inspect_process(process.pid).patches
             assert carried.redirected == carried.entries > 0
-            revert(process.pid, timeout=PATIENCE)
+            revert(process.pid, conditions=PATIENT)
             assert process.ask(1) == [0]
             assert altered_code(process.pid) == []

@@ -16,11 +16,12 @@ from elfdiff.patches.patchfile import read_patch, write_patch
 from elfdiff.patchobject import PatchObject, Severity
 from fixtures.hearing import next_line
 from fixtures.intact import altered_code
-from patcher.transactions.transaction import DEFAULT_TIMEOUT, apply, revert
+from patcher.pausing.conditions import USUAL, Conditions
+from patcher.transactions.transaction import apply, revert
 from tests.compile import Compiler
 from tests.shapes.model import Build, Shape
 
-BUSY_SECONDS = 0.2
+BRIEF = Conditions(timeout=0.2)
 """To wait for what never comes: a function of these shapes returns never or within microseconds."""
 
 
@@ -120,7 +121,7 @@ def exercise(shape: Shape, made: Made) -> None:
     assert before != after, "nothing that this shape says would show a patch"
     with Running(made.old) as process:
         assert process.ask_all(shape.questions) == before
-        apply(process.pid, made.patch, timeout=BUSY_SECONDS if shape.busy else DEFAULT_TIMEOUT)
+        apply(process.pid, made.patch, BRIEF if shape.busy else USUAL)
         assert process.ask_all(shape.questions) == after
         assert altered_code(process.pid)
         revert(process.pid)

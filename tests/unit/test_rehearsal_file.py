@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from elfdiff.errors import BadInput
+from patcher.pausing.conditions import USUAL
 from patcher.rehearsal.file import Pair, Ready, Rehearsal, read_rehearsal
 from tests.conftest import ROOT
 
@@ -47,9 +48,9 @@ def test_the_shortest_file_and_what_it_leaves_unsaid(folder: Path) -> None:
     asked = read(folder, BUILD, START, PROBE)
     assert (asked.program, asked.pairs) == (folder / "old", (Pair(folder / "old", folder / "new"),))
     assert asked.module is None and asked.name == "old"
-    assert (asked.cycles, asked.hold, asked.timeout, asked.idle_timeout) == (10, 0.5, 600.0, 10.0)
+    assert (asked.cycles, asked.hold, asked.timeout, asked.conditions) == (10, 0.5, 600.0, USUAL)
     assert not asked.tree and read(folder, BUILD, START, PROBE, "[patch]\nprocesses = 'tree'\n").tree
-    assert asked.load is None and not asked.allow and not asked.lines and not asked.keep_live and not asked.when_idle
+    assert asked.load is None and not asked.allow and not asked.lines
     assert asked.start.command == ("{old}", "{port}") and asked.start.timeout == 30.0
     (probe,) = asked.probes
     assert probe.before.fits("1\n") and not probe.before.fits("12") and probe.expect.search("\n")
