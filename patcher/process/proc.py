@@ -76,14 +76,17 @@ class Mapping:
         return isinstance(address, int) and self.start <= address < self.end
 
 
+SECCOMP_STRICT, SECCOMP_FILTER = 1, 2  # linux/seccomp.h, SECCOMP_MODE_*
+
+
 @dataclass(frozen=True, slots=True)
 class ProcessStatus:
     """The part of ``/proc/PID/status`` and ``/proc/PID/stat`` that decides whether a process can be patched.
 
-    ``state`` is the letter (R, S, D, T, t, Z, X, I); ``uid`` is the effective one; ``seccomp`` is 0 (off), 1
-    (strict) or 2 (filter); ``tracer_pid`` is 0 where nobody traces; ``ns_pid`` is the pid in every nested pid
-    namespace, outermost first; ``start_time`` is in clock ticks since boot and, with ``pid``, names the
-    process for ever.
+    ``state`` is the letter (R, S, D, T, t, Z, X, I); ``uid`` is the effective one; ``seccomp`` is the mode of
+    seccomp(2) of this one thread, 0 for none; ``tracer_pid`` is 0 where nobody traces; ``ns_pid`` is the
+    pid in every nested pid namespace, outermost first; ``start_time`` is in clock ticks since boot and, with ``pid``,
+    names the process for ever.
     """
 
     pid: int

@@ -121,15 +121,10 @@ def threads_in_state(pid: int, letter: str) -> tuple[int, ...]:
     return tuple(found.pid for found in _threads(pid) if found.state == letter)
 
 
-def filtered_threads(pid: int) -> tuple[int, ...]:
-    """Return the threads under seccomp(2), strict mode or a filter. Raises BadInput (the process has exited)."""
-    return tuple(found.pid for found in _threads(pid) if found.seccomp)
-
-
 def seccomp_modes(pid: int) -> dict[int, int]:
-    """Return the mode of each thread that has not ended: 0 none, 1 strict, 2 filters (seccomp(2)).
+    """Return ``ProcessStatus.seccomp`` of each thread that has not ended. Raises BadInput (the process has exited).
 
-    Raises BadInput (the process has exited).
+    A main thread that has ended keeps its mode in ``/proc`` for as long as the others live.
     """
     return {found.pid: found.seccomp for found in _threads(pid) if not found.zombie}
 

@@ -21,7 +21,7 @@ from trampolines.stub_x86_64 import RESTORED, RETURN_OFFSET, stub_bytes
 from .. import seam
 from ..process.memory import Memory
 from ..process.obstacles import filter_stays
-from ..process.proc import has_children, no_such_process, status, thread_ids
+from ..process.proc import SECCOMP_STRICT, has_children, no_such_process, status, thread_ids
 from ..threads import ptrace, tracees
 from ..threads.ptrace import Option, PtraceFailed
 from ..threads.registers_x86_64 import (
@@ -52,7 +52,6 @@ _FAILING = PLAIN_EINTR | {
     270,  # pselect6
     271,  # ppoll
 }
-_SECCOMP_STRICT = 1  # /proc/PID/status, Seccomp; read is one of the four calls that it allows (seccomp(2))
 _ARGUMENTS = ("rdi", "rsi", "rdx", "r10", "r8", "r9")  # psABI appendix A.2.1
 _WORD_MASK = (1 << 64) - 1
 _PARENT = 3
@@ -143,8 +142,8 @@ class Borrowed:
 
         Not even getpid is allowed under many filters. What the thread waits in has passed.
         """
-        if self.seccomp == _SECCOMP_STRICT:
-            return _READ
+        if self.seccomp == SECCOMP_STRICT:
+            return _READ  # one of the four that it allows
         return self.registers.orig_rax if self.registers.orig_rax in _FAILING else _GETPID
 
     def _run(self, number: int, args: tuple[int, ...]) -> int | None:

@@ -183,8 +183,8 @@ def _no_room_near(module: Module, around: Surroundings) -> LivegraftError | None
 
 def _filters(found: ProcessStatus, tried: Probes) -> Check:
     """Threads under seccomp, and whether apply could make system calls by one."""
-    filtered = surroundings.filtered_threads(found.pid)
-    threads = len(os.listdir(f"/proc/{found.pid}/task"))  # noqa: PTH208
+    modes = surroundings.seccomp_modes(found.pid)
+    threads, filtered = len(modes), [tid for tid, mode in modes.items() if mode]
     if not filtered:
         return ok("filters", "no thread is under seccomp")
     said = f"{len(filtered)} of {threads} threads are under seccomp"

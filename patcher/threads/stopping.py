@@ -30,7 +30,7 @@ from elfdiff.errors import BadInput, LivegraftError
 from ..interruption import deferred, heed
 from ..process import obstacles
 from ..process.proc import addressees, executed_another_program, thread_count, thread_ids
-from ..process.surroundings import filtered_threads, waiting_place
+from ..process.surroundings import seccomp_modes, waiting_place
 from . import batch, ptrace, tracees
 from .batch import Step
 from .quiet import Undisturbed
@@ -87,7 +87,7 @@ def seize(pid: int) -> SeizedProcess:
     tracees.release_abandoned()
     tracees.require_traceable(pid)
     process = SeizedProcess(pid)
-    process._filtered = bool(filtered_threads(pid))
+    process._filtered = any(seccomp_modes(pid).values())
     # Stopped by Ctrl-Z between seizing and stopping, we would hold every thread that receives a signal.
     process._deferral.enter_context(deferred())
     try:

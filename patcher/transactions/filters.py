@@ -22,13 +22,12 @@ from ..planning.binding import Binding
 from ..process import obstacles, surroundings
 from ..process.filterprogram_x86_64 import killing_action
 from ..process.obstacles import Obstacle
-from ..process.proc import mapping_over
+from ..process.proc import SECCOMP_FILTER, SECCOMP_STRICT, mapping_over
 from ..targets.target import Snapshot
 from ..threads import ptrace, tracees
 from ..threads.ptrace import PtraceFailed
 from ..threads.stopping import seize
 
-_STRICT, _FILTER = 1, 2  # modes in /proc/PID/status
 _REST = 0.02  # seconds between two stops
 _LONGEST_LOOK = 5e-4  # seconds in one stop, for one thread more
 
@@ -64,7 +63,7 @@ def _obstacle(pid: int, name: str, imports: tuple[str, ...], deadline: float) ->
     if not any(modes.values()):
         return None
     for tid, mode in modes.items():
-        if mode == _STRICT:
+        if mode == SECCOMP_STRICT:
             how = f"thread {tid} is in strict mode, which kills for all but read, write, exit and sigreturn"
             return obstacles.filter_may_kill(pid, name, how, imports)
     try:
@@ -146,6 +145,6 @@ def _programs_of(tid: int, mode: int, buffer: ctypes.Array[ctypes.c_char]) -> li
         except PtraceFailed as error:
             if error.errno == errno.ENOENT and found:
                 return found
-            if error.errno == errno.EINVAL and mode != _FILTER:
+            if error.errno == errno.EINVAL and mode != SECCOMP_FILTER:
                 return []  # it has none
             raise

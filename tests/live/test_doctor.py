@@ -14,12 +14,15 @@ from elfdiff.errors import LivegraftError
 from fixtures.tracees import compile_program, running, state_of, wait_until
 from patcher import seam
 from patcher.pausing.conditions import Conditions
-from patcher.process.surroundings import SYS_ADMIN, SYS_NICE, SYS_PTRACE, limits
+from patcher.process.proc import SECCOMP_FILTER, status, thread_ids
+from patcher.process.surroundings import SYS_ADMIN, SYS_NICE, SYS_PTRACE, limits, seccomp_modes
 from patcher.targets.doctor import Examination, examine
 from patcher.targets.doctorchecks import Check, Verdict
 from patcher.transactions.transaction import apply
+from tests.compile import Compiler
 from tests.conftest import Livegraft
 from tests.live.answering import Answering, Versions
+from tests.live.grafting import Running
 from tests.live.surroundings import AS_NOBODY, enter, in_child, left_alone, public_copy, require, surrounded
 from tests.live.test_surroundings_limits import V2, control_group, freezer, is_frozen, write_freezer
 from tests.live.test_surroundings_patcher import become_nobody, drop
@@ -128,6 +131,46 @@ def test_a_program_that_cannot_stop(tmp_path: Path) -> None:
         said = check(found, "threads")
         assert (said.verdict, found.exit_code) == (Verdict.FAILS, 5)
         assert f"thread {target.pid}: state D" in said.details[0]
+
+
+LEADER_UNDER_A_FILTER = """
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/prctl.h>
+
+static void *stay(void *unused)
+{
+    while (getchar() != EOF)
+        ;
+    exit(0);
+}
+
+int main(void)
+{
+    struct sock_filter all[] = { BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW) };
+    struct sock_fprog program = { 1, all };
+    pthread_t thread;
+    pthread_create(&thread, NULL, stay, NULL);
+    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) || prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program))
+        return 1;
+    puts("ready");
+    fflush(stdout);
+    pthread_exit(NULL);
+}
+"""
+
+
+def test_a_thread_that_has_ended_is_under_no_filter(cache_folder: Path) -> None:
+    program = Compiler(cache_folder / "compiled")(LEADER_UNDER_A_FILTER, "-pthread")
+    with Running([program]) as target:
+        wait_until(lambda: state_of(target.pid) == "Z", "the main thread to have ended")
+        assert status(target.pid).seccomp == SECCOMP_FILTER
+        (other,) = set(thread_ids(target.pid)) - {target.pid}
+        assert seccomp_modes(target.pid) == {other: 0}
+        assert check(examine(target.pid), "filters").found == "no thread is under seccomp"
 
 
 @pytest.mark.parametrize(
