@@ -41,7 +41,7 @@ from ..targets.selection import Pin
 from ..targets.target import Snapshot, open_target
 from .gating import with_gates
 from .staging import sweep
-from .transaction import Outcome, look, mapped_bytes, revert
+from .transaction import Outcome, look, mapped_bytes, revert, together
 from .units import journals, units
 
 _ACTIVE = frozenset({State.APPLIED, State.REVERTED})
@@ -123,20 +123,12 @@ def _reinstate(records: Sequence[Record], seen: Snapshot, memory: Memory, condit
     known = [entry for part in parts for entry in (*part.contents.journal, *journals(part.now))]
     gated = with_gates(plan, known, images, seen, memory)
     pause = carry_out(gated.plan, seen, memory, conditions, no_step)
-    first, *further = (
+    return together(
         Outcome(
-            pid=seen.pid,
-            process=seen.name,
-            contents=part.contents,
-            state=State.APPLIED,
-            already=False,
-            pause=pause,
-            mapped_bytes=mapped_bytes(part.own),
-            others=part.now.active,
+            seen.pid, seen.name, part.contents, State.APPLIED, pause, mapped_bytes(part.own), others=part.now.active
         )
         for part in parts
     )
-    return replace(first, further=tuple(further))
 
 
 def _again(

@@ -56,23 +56,27 @@ _ATTEMPTS = 3  # the dynamic linker binds a slot once; what changes oftener is s
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a transaction did. ``state`` is the record's now; ``already`` says that nothing had to be done.
+    """What a transaction did. ``state`` is the record's now; ``pause`` is None where nothing had to be done.
 
-    ``pause`` is None where nothing was stopped; ``mapped_bytes`` is what the patch occupies in the process;
-    ``others`` are records whose state changed with it (replaced, or undone); ``before`` is the record that was applied.
-    Of a set it is what was done with the first patch, and ``further`` with the others, in the same stop.
+    ``mapped_bytes`` is what the patch occupies in the process; ``others`` are records whose state changed with it
+    (replaced, or undone); ``before`` is the record that was applied. Of a set it is what was done with the first patch,
+    and ``further`` with the others, in the same stop.
     """
 
     pid: int
     process: str
     contents: Contents
     state: State
-    already: bool
     pause: Pause | None
     mapped_bytes: int
-    others: tuple[Record, ...]
+    others: tuple[Record, ...] = ()
     before: Record | None = None
     further: tuple[Outcome, ...] = ()
+
+    @property
+    def already(self) -> bool:
+        """Whether nothing had to be done."""
+        return self.pause is None
 
     @property
     def members(self) -> tuple[Outcome, ...]:
@@ -123,15 +127,9 @@ def _apply(
     require_together(members, seen)
     _require_calls_pass(members, seen, spent(conditions, began))
     staged, pause = _stage_and_commit(members, seen, memory, spent(conditions, began), on_step)
-    return _together(
+    return together(
         Outcome(
-            pid=pid,
-            process=seen.name,
-            contents=done.contents,
-            state=State.APPLIED,
-            already=False,
-            pause=pause,
-            mapped_bytes=done.mapped_bytes,
+            pid, seen.name, done.contents, State.APPLIED, pause, done.mapped_bytes,
             others=tuple(one for one in (*item.now.active, *undone) if one.contents.patch != done.contents.patch),
             before=item.now.applied,
         )
@@ -139,7 +137,8 @@ def _apply(
     )
 
 
-def _together(outcomes: Iterable[Outcome]) -> Outcome:
+def together(outcomes: Iterable[Outcome]) -> Outcome:
+    """Return what was done with a set in one stop, of what was done with each of its patches."""
     first, *further = outcomes
     return replace(first, further=tuple(further))
 
@@ -202,15 +201,10 @@ def _check(pid: int, patches: Sequence[PatchObject], memory: Memory, conditions:
     _require_calls_pass(members, seen, spent(conditions, began))
     contents, plan = _rehearse(members, seen, memory, conditions)
     pause = carry_out(plan, seen, memory, spent(conditions, began), no_step, write=False)
-    return _together(
+    return together(
         Outcome(
-            pid=pid,
-            process=seen.name,
-            contents=one,
-            state=State.PREPARED,
-            already=False,
-            pause=pause,
-            mapped_bytes=record_size(one) + sum(segment.size for segment in one.segments),
+            pid, seen.name, one, State.PREPARED, pause,
+            record_size(one) + sum(segment.size for segment in one.segments),
             others=item.now.active,
         )
         for item, one in zip(members, contents, strict=True)
@@ -241,10 +235,12 @@ def _is_in_force(member: Member, memory: Memory) -> bool:
 
 
 def _already(seen: Snapshot, records: Sequence[Record]) -> Outcome:
-    return _together(
-        Outcome(seen.pid, seen.name, record.contents, record.state, True, None, mapped_bytes(record), ())
-        for record in records
-    )
+    return together(as_it_was(seen.pid, seen.name, record) for record in records)
+
+
+def as_it_was(pid: int, process: str, record: Record) -> Outcome:
+    """Return that nothing had to be done, because of a record that a process carries."""
+    return Outcome(pid, process, record.contents, record.state, None, mapped_bytes(record))
 
 
 def mapped_bytes(record: Record) -> int:
@@ -328,15 +324,9 @@ def revert(
         if unit[0].state is State.REVERTED:
             return _already(seen, unit)
         pause = take_out(unit, seen, memory, spent(conditions, began), on_step)
-        return _together(
+        return together(
             Outcome(
-                pid=pid,
-                process=seen.name,
-                contents=record.contents,
-                state=State.REVERTED,
-                already=False,
-                pause=pause,
-                mapped_bytes=mapped_bytes(record),
+                pid, seen.name, record.contents, State.REVERTED, pause, mapped_bytes(record),
                 others=(*_undone_with(record, unit, seen), *undone),
                 before=record if record.state is State.APPLIED else None,
             )

@@ -228,17 +228,18 @@ class Upgrade:
 
         ``anew``: also where it is in force already.
         """
-        file, mapped, record = image.file, image.mapped, image.record
+        file, mapped = image.file, image.mapped
+        held = transaction.as_it_was(pin.pid, process.name, image.record) if image.record else None
         patch, compared = None, False
         try:
             heed()
-            if record is not None and not anew:
-                return _Prepared(UpgradedFile(file, Fate.ALREADY, mapped, _held(pin, process, record)), None)
+            if held is not None and not anew:
+                return _Prepared(UpgradedFile(file, Fate.ALREADY, mapped, held), None)
             with held_files(pin.pid, image.module, file.successor) as pair:
                 pin.require_alive()
                 patch, compared = self._patches.patch_of(pair, file)
-            if record is not None:
-                return _Prepared(UpgradedFile(file, Fate.ALREADY, mapped, _held(pin, process, record)), patch)
+            if held is not None:
+                return _Prepared(UpgradedFile(file, Fate.ALREADY, mapped, held), patch)
             transaction.require_fit(pin.pid, patch, self._conditions, pin=pin)
         except Interrupted:
             raise
@@ -286,11 +287,6 @@ class _Prepared:
 
     result: UpgradedFile
     patch: PatchObject | None
-
-
-def _held(pin: Pin, process: OutdatedProcess, record: Record) -> Outcome:
-    size = transaction.mapped_bytes(record)
-    return Outcome(pin.pid, process.name, record.contents, record.state, True, None, size, ())
 
 
 def _failed(
