@@ -13,6 +13,7 @@ from types import TracebackType
 
 from elfdiff.patchobject import PatchObject
 from fixtures.hearing import PATIENCE, next_line
+from fixtures.killing import forked, was_killed
 from patcher.process.memory import Memory
 from patcher.process.proc import mappings
 from tests.patchmaker import compile_version, make_patch
@@ -139,17 +140,4 @@ def die_at(step: int) -> Callable[[str], None]:
 
 def killed_at(step: int, work: Callable[[Callable[[str], None]], object]) -> bool:
     """Do ``work(on_step)`` in a process that is killed at a step; False if it ended before it got there."""
-    pid = os.fork()
-    if pid == 0:
-        failed = True
-        try:
-            work(die_at(step))
-            failed = False
-        finally:
-            os._exit(99 if failed else 0)  # without pytest's own leaving
-    _, status = os.waitpid(pid, 0)
-    if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        return True
-    assert os.WEXITSTATUS(status) == 0, "the work failed instead of being killed"
-    return False
+    return was_killed(forked(lambda: work(die_at(step))))

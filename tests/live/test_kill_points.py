@@ -7,15 +7,12 @@ operations that changes from run to run (the seed is printed; LIVEGRAFT_SEED=n r
 
 from __future__ import annotations
 
-import itertools
 import os
 import random
 import signal
 import time
-import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -24,9 +21,8 @@ import pytest
 
 from elfdiff.errors import BadInput
 from fixtures.intact import altered_code
+from fixtures.killing import forked, was_killed
 from fixtures.tracees import compile_program, handled_signals, running, wait_until
-from patcher import seam
-from patcher.pausing.conditions import Conditions
 from patcher.records.record import State
 from patcher.remote.descriptors import leaked_memory_files
 from patcher.threads import batch, ptrace, tracees
@@ -34,38 +30,25 @@ from patcher.threads.quiet import Undisturbed
 from patcher.transactions.inspection import inspect_process
 from patcher.transactions.transaction import apply, revert
 from tests.live.answering import SPREAD, Versions
+from tests.live.killpoints import (
+    IN_C,
+    MOST_IN_C,
+    PATIENCE,
+    PATIENT,
+    SAMPLE,
+    SEED,
+    Point,
+    killed_before,
+    operations,
+    strike_every_operation,
+)
 from tests.live.vigilant import Vigilant, code_is_accounted_for, unharmed, version_of, vigilant_versions
 
 pytestmark = pytest.mark.root
 
-PATIENCE = 120.0
-"""Seconds for the functions to be idle: on a busy machine a thread may be put aside inside one of them."""
-PATIENT = Conditions(timeout=PATIENCE)
-SEED = int(os.environ.get("LIVEGRAFT_SEED", time.time_ns() % 1_000_000))
-SAMPLE = int(os.environ.get("LIVEGRAFT_SAMPLE", "2"))
-"""Writes of each kind of work in an ordinary run, and one operation more."""
 FEWEST_WRITES = 10
-MOST_IN_C = 600
-"""Operations of the library in one kind of work, about: each of a hundred threads has five in a pause."""
 ROUNDS = int(os.environ.get("LIVEGRAFT_ROUNDS", "2000"))
 ROUNDS_PER_TARGET = 20
-EVERY = int(os.environ.get("LIVEGRAFT_EVERY", "1"))
-
-
-@dataclass(frozen=True)
-class Point:
-    """An operation: the ``number``-th of its name, or of all where no name is given; counted from 0.
-
-    ``IN_C`` names those that the library makes where nobody observes the seam.
-    """
-
-    number: int
-    name: str = ""
-
-
-IN_C = "C"
-
-
 @dataclass(frozen=True)
 class Work:
     """What is killed. ``prepare`` brings a new process to where it starts; ``versions`` are before and after."""
@@ -99,74 +82,6 @@ WORK = [
     Work("apply again", (1, 2), lambda program, built: put(program, built, 2, 1), applying(2)),
     Work("revert", (2, 1), lambda program, built: put(program, built, 2), reverting),
 ]
-
-
-@dataclass(frozen=True)
-class Death:
-    """The operation that was to come, and the threads that had been interrupted and not been put right since."""
-
-    name: str
-    interrupted: frozenset[int] = frozenset()
-
-
-class Killer:
-    """Kills this very process before one operation. A thread asked again whether it has stopped is one wait."""
-
-    def __init__(self, point: Point, told: int) -> None:
-        self._point, self._told = point, told
-        self._seen = 0
-        self._before = ("", 0)
-        self._interrupted: set[int] = set()
-
-    def __call__(self, name: str, subject: int) -> int:
-        before, self._before = self._before, (name, subject)
-        if before[0] == "INTERRUPT":
-            self._interrupted.add(before[1])
-        elif before[0] in ("SETREGS", "DETACH"):
-            self._interrupted.discard(before[1])
-        again = name == "WAIT" and before == self._before
-        if not again and self._point.name in ("", name.split(maxsplit=1)[0]):
-            if self._seen == self._point.number:
-                os.write(self._told, ",".join([name, *map(str, self._interrupted)]).encode())
-                os.kill(os.getpid(), signal.SIGKILL)
-            self._seen += 1
-        return 0
-
-
-def killed_before(point: Point, work: Callable[[], object]) -> Death | None:
-    """Do the work in a forked process that is killed before an operation; None where it ended first."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        status = 99
-        try:
-            if point.name == IN_C:
-                die_in_c(point.number, writing)
-                work()
-            else:
-                with seam.observe(Killer(point, writing)):
-                    work()
-            status = 0
-        except BaseException:  # noqa: BLE001  # it must never return into the tests
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    os.close(writing)
-    _, status = os.waitpid(child, 0)
-    name, *tids = os.read(reading, 4096).decode().split(",")
-    os.close(reading)
-    if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        return Death(name, frozenset(map(int, tids)))
-    assert os.WEXITSTATUS(status) == 0, "the work failed instead of being killed"
-    return None
-
-
-def die_in_c(number: int, told: int) -> None:
-    library = batch.active()
-    assert library is not None
-    os.write(told, IN_C.encode())
-    library.disturb(number + 1, 0)
 
 
 def truth(program: Vigilant, built: Versions, work: Work) -> str:
@@ -218,9 +133,7 @@ def strike(
         if death is None:
             assert version_of(program, built) == work.versions[1]
             return None
-        # Which of its threads C had interrupted by then is not known.
-        everyone = {tally.tid for tally in program.torture.tallies}
-        interrupted = everyone if death.name == IN_C else death.interrupted
+        interrupted = death.interrupted_of(program)
         unharmed(program, interrupted)
         left = truth(program, built, work)
         carry_on(program, built, chosen)
@@ -231,22 +144,6 @@ def strike(
 @pytest.fixture(scope="module")
 def built(cache_folder: Path) -> Versions:
     return vigilant_versions(cache_folder / "answer", SPREAD)
-
-
-def counted(work: Work, built: Versions, folder: Path) -> int:
-    """How many operations the work has, this time."""
-    seen: list[str] = []
-    with Vigilant(built.programs[1], folder) as program, ExitStack() as stack:
-        work.prepare(program, built)
-        stack.enter_context(seam.observe(lambda name, subject: seen.append(name) or 0))  # type: ignore[func-returns-value]
-        work.do(program.pid, built)
-    return sum(1 for before, name in zip(["", *seen], seen, strict=False) if name != "WAIT" or before != "WAIT")
-
-
-def every(name: str = "") -> Iterator[Point]:
-    """All operations; with LIVEGRAFT_EVERY=n every n-th, from one on that changes."""
-    for number in itertools.count(random.randrange(EVERY), EVERY):
-        yield Point(number, name)
 
 
 @pytest.mark.parametrize("work", WORK, ids=lambda work: work.name)
@@ -261,7 +158,9 @@ def test_killed_before_a_write_or_elsewhere(work: Work, built: Versions, tmp_pat
         number = chosen.randrange(MOST_IN_C)
         found = strike(work, Point(number, IN_C), built, tmp_path, chosen)
         left[found or (IN_C, "not killed")] += 1
-    count = counted(work, built, tmp_path)
+    with Vigilant(built.programs[1], tmp_path) as program:
+        work.prepare(program, built)
+        count = len(operations(lambda: work.do(program.pid, built)))
     found = strike(work, Point(chosen.randrange(count)), built, tmp_path, chosen)
     left[found or ("", "not killed")] += 1
     print(f"{work.name}, seed {SEED}, about {count} operations: {dict(left)}")
@@ -271,37 +170,18 @@ def test_killed_before_a_write_or_elsewhere(work: Work, built: Versions, tmp_pat
 @pytest.mark.parametrize("name", ["", IN_C], ids=["Python", "C"])
 @pytest.mark.parametrize("work", WORK, ids=lambda work: work.name)
 def test_killed_before_every_operation(work: Work, name: str, built: Versions, tmp_path: Path) -> None:
-    if name == IN_C and batch.active() is None:
-        pytest.skip(f"the pause is made in {batch.description()}")
-    chosen = random.Random(f"{SEED} {work.name}")
-    left: Counter[tuple[str, str]] = Counter()
-    for point in every(name):
-        found = strike(work, point, built, tmp_path, chosen, point.number % 8)
-        if found is None:
-            break
-        left[found] += 1
-    outcomes = Counter(what for _, what in left.elements())
-    print(f"{work.name}, seed {SEED}: {left.total()} kills, 0 deaths; left: {dict(outcomes)}; in detail: {dict(left)}")
-    assert left.total() > 100 // EVERY
+    def struck(point: Point, chosen: random.Random) -> tuple[str, str] | None:
+        return strike(work, point, built, tmp_path, chosen, point.number % 8)
+
+    strike_every_operation(work.name, name, struck)
 
 
 def killed_within(seconds: float, work: Callable[[], object]) -> bool:
     """Do the work in a forked process and kill it after a time; False where it was done before."""
-    child = os.fork()
-    if child == 0:
-        status = 99
-        try:
-            work()
-            status = 0
-        except BaseException:  # noqa: BLE001  # it must never return into the tests
-            traceback.print_exc()
-        finally:
-            os._exit(status)
+    child = forked(work)
     time.sleep(seconds)
     os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the work failed instead of being killed"
-    return os.WIFSIGNALED(status)
+    return was_killed(child)
 
 
 def random_round(

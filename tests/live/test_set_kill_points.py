@@ -16,14 +16,23 @@ from pathlib import Path
 import pytest
 
 from fixtures.intact import altered_code
-from patcher import seam
 from patcher.records.record import State
 from patcher.remote.descriptors import leaked_memory_files
 from patcher.threads import batch
 from patcher.transactions.inspection import inspect_process
 from patcher.transactions.transaction import apply, revert
+from tests.live.killpoints import (
+    IN_C,
+    MOST_IN_C,
+    PATIENT,
+    SAMPLE,
+    SEED,
+    Point,
+    killed_before,
+    operations,
+    strike_every_operation,
+)
 from tests.live.pairing import Pairs, pairs, version_in_force
-from tests.live.test_kill_points import EVERY, IN_C, MOST_IN_C, PATIENT, SAMPLE, SEED, Point, every, killed_before
 from tests.live.vigilant import SOURCE, Vigilant, code_is_accounted_for, unharmed
 
 pytestmark = pytest.mark.root
@@ -96,8 +105,7 @@ def strike(
         if death is None:
             both(program, built, work.versions[1])
             return None
-        everyone = {tally.tid for tally in program.torture.tallies}
-        interrupted = everyone if death.name == IN_C else death.interrupted
+        interrupted = death.interrupted_of(program)
         unharmed(program, interrupted)
         said = version_in_force(program, built)
         running = int(program.ask()) // 1001
@@ -112,26 +120,12 @@ def strike(
         return death.name, f"interrupted, {word}" if said is None else word
 
 
-def operations(work: Work, built: Pairs, folder: Path) -> list[str]:
-    """The names of the operations that the work has this time, a thread asked again whether it has stopped left out."""
-    seen: list[str] = []
-    with Vigilant(built.program, folder, environment=built.environment) as program:
-        put(program.pid, built, *work.order)
-
-        def observer(name: str, subject: int) -> int:
-            if name != "WAIT" or seen[-1:] != ["WAIT"]:
-                seen.append(name)
-            return 0
-
-        with seam.observe(observer):
-            put(program.pid, built, work.versions[1])
-    return seen
-
-
 @pytest.mark.parametrize("work", WORK, ids=lambda work: work.name)
 def test_killed_before_a_write_or_elsewhere(work: Work, built: Pairs, tmp_path: Path) -> None:
     chosen = random.Random(f"{SEED} {work.name}")
-    names = operations(work, built, tmp_path)
+    with Vigilant(built.program, tmp_path, environment=built.environment) as program:
+        put(program.pid, built, *work.order)
+        names = operations(lambda: put(program.pid, built, work.versions[1]))
     writes = names.count("WRITE")
     points = [Point(number, "WRITE") for number in last(chosen, range(writes), SAMPLE)]
     points.append(Point(chosen.randrange(len(names))))
@@ -151,15 +145,7 @@ def last(chosen: random.Random, numbers: Sequence[int], count: int) -> list[int]
 @pytest.mark.parametrize("name", ["", IN_C], ids=["Python", "C"])
 @pytest.mark.parametrize("work", WORK, ids=lambda work: work.name)
 def test_killed_before_every_operation(work: Work, name: str, built: Pairs, tmp_path: Path) -> None:
-    if name == IN_C and batch.active() is None:
-        pytest.skip(f"the pause is made in {batch.description()}")
-    chosen = random.Random(f"{SEED} {work.name}")
-    left: Counter[tuple[str, str]] = Counter()
-    for point in every(name):
-        found = strike(work, point, built, tmp_path, chosen, point.number % 8)
-        if found is None:
-            break
-        left[found] += 1
-    outcomes = Counter(what for _, what in left.elements())
-    print(f"{work.name}, seed {SEED}: {left.total()} kills, 0 deaths; left: {dict(outcomes)}; in detail: {dict(left)}")
-    assert left.total() > 100 // EVERY
+    def struck(point: Point, chosen: random.Random) -> tuple[str, str] | None:
+        return strike(work, point, built, tmp_path, chosen, point.number % 8)
+
+    strike_every_operation(work.name, name, struck)
