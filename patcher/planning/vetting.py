@@ -16,8 +16,8 @@ from elfdiff.errors import LivegraftError, TargetDamaged
 from trampolines.entry_x86_64 import ENTRY_JUMP_SIZE, entry_jump_target
 
 from ..process.modules import Module
-from ..process.proc import Mapping, by_living_thread, mapping_over
-from ..records.record import MEMFD_PATH, JournalEntry, KeptCode, Record, State
+from ..process.proc import MEMFD_PATH, Mapping, by_living_thread, mapping_over
+from ..records.record import JournalEntry, KeptCode, Record, State
 from .binding import PF_X
 
 

@@ -23,6 +23,8 @@ _STAT_START_BRK = 47
 
 _MAPS_LINE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ([-rwxsp]{4}) ([0-9a-f]+) ([0-9a-f]+:[0-9a-f]+) (\d+) *(.*)")
 _OCTAL_ESCAPE = re.compile(r"\\([0-7]{3})")
+MEMFD_PATH = "/memfd:livegraft"
+"""How ``/proc/PID/maps`` and ``/proc/PID/fd`` show the memory files that ``RemoteCaller`` makes (memfd_create(2))."""
 _DELETED = " (deleted)"
 _ENDED = "ZX"
 

@@ -31,9 +31,8 @@ from trampolines.entry_x86_64 import ENTRY_JUMP_SIZE, entry_jump
 from trampolines.errors import TrampolineError
 
 from ..process.memory import Memory
-from ..process.proc import Mapping
+from ..process.proc import MEMFD_PATH, Mapping
 from ..stacks.forbidden import ForbiddenRange
-from .record import MEMFD_PATH
 
 MAGIC = b"LVGATES\x02"
 HEADER_SIZE = 64

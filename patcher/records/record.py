@@ -40,8 +40,6 @@ from elfdiff.patchobject import Build
 
 MAGIC = b"LVGRAFT\x01"
 FORMAT_VERSION = 6
-MEMFD_PATH = "/memfd:livegraft"
-"""How ``/proc/PID/maps`` and ``/proc/PID/fd`` show the memory files that ``RemoteCaller`` makes."""
 STATE_OFFSET = 16
 FIRST_SLOT = 64
 """Offset of the slot that a new record has in force."""

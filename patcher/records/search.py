@@ -18,8 +18,8 @@ from dataclasses import replace
 from elfdiff.errors import LivegraftError
 
 from ..process.memory import Memory
-from ..process.proc import Mapping
-from .record import MAGIC, MEMFD_PATH, DamagedRecord, Record, State, decode_record
+from ..process.proc import MEMFD_PATH, Mapping
+from .record import MAGIC, DamagedRecord, Record, State, decode_record
 
 _MAX_RECORD = 64 << 20
 

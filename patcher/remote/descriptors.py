@@ -14,8 +14,7 @@ from dataclasses import dataclass
 
 from elfdiff.errors import LivegraftError
 
-from ..process.proc import living_thread, thread_ids
-from ..records.record import MEMFD_PATH
+from ..process.proc import MEMFD_PATH, living_thread, thread_ids
 
 _SYS_KCMP = {"x86_64": 312, "aarch64": 272}  # syscall_64.tbl, asm-generic/unistd.h
 _KCMP_FILES = 2  # linux/kcmp.h

@@ -24,7 +24,7 @@ from elfdiff.errors import LivegraftError
 from .. import seam
 from ..planning.binding import PF_R, PF_W, PF_X, BoundSegment
 from ..process.memory import Memory
-from ..records.record import MEMFD_PATH
+from ..process.proc import MEMFD_PATH
 from .calls import (
     MAP_ANONYMOUS,
     MAP_FIXED_NOREPLACE,

@@ -36,7 +36,7 @@ FOLDERS = {  # of a room, from the ground up: what each may import beside what i
         "stacks": "process threads",
         "records": "process stacks",
         "planning": "process stacks records",
-        "remote": "process threads records planning",
+        "remote": "process threads planning",
         "targets": "process threads records planning remote",
         "pausing": "process threads stacks records planning targets",
         "transactions": "process threads records planning remote targets pausing",
