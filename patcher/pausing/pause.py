@@ -16,7 +16,7 @@ from elfdiff.errors import Busy, Changed, LivegraftError, TargetDamaged
 from ..interruption import heed
 from ..planning.plan import PageWrite, Plan, StateWrite
 from ..process.memory import Comparison, Memory
-from ..process.modules import Module, module_of
+from ..process.modules import PF_X, Module, module_of
 from ..process.proc import has_exited, no_such_process
 from ..records.record import STATE_OFFSET, Record
 from ..stacks.deepcheck import DeepCheck
@@ -270,7 +270,7 @@ def patch_tables(records: Iterable[Record]) -> tuple[UnwindTable, ...]:
         )
         for record in records
         for segment in record.contents.segments
-        if segment.flags & 1
+        if segment.flags & PF_X
     )
 
 

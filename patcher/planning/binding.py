@@ -28,12 +28,11 @@ from elfdiff.patchobject import (
 from trampolines.entry_x86_64 import ENTRY_JUMP_SIZE
 
 from ..process.memory import Memory
-from ..process.modules import Module, find_module
+from ..process.modules import PF_W, PF_X, Module, find_module
 from ..process.scope import require_libraries, resolve, search_scope
 from ..records.record import KeptCode, Record, State
 from .unwinders import LookupSlot, link_map_of, lookup_slots, require_unwinder
 
-PF_X, PF_W, PF_R = 1, 2, 4
 _PAGE = 4096
 _WIDTHS = {
     RelocationType.ABS64: 8,

@@ -20,10 +20,10 @@ from elfdiff.errors import Changed, TargetDamaged
 from trampolines.lookup_x86_64 import Answer, find_object, iterate
 from trampolines.unwindinfo_x86_64 import Frame, frames, unwind_info
 
-from ..process.modules import Module
+from ..process.modules import PF_R, PF_X, Module
 from ..process.proc import Mapping, mapping_over
 from ..records.record import Record, RecordedLookup, State
-from .binding import PF_R, PF_X, Binding, BoundSegment
+from .binding import Binding, BoundSegment
 from .unwinders import FIND_OBJECT, ITERATE, LookupSlot
 from .vetting import own_text
 

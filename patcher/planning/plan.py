@@ -16,11 +16,11 @@ from elfdiff.errors import Refused, TargetDamaged
 from trampolines.entry_x86_64 import ENTRY_JUMP_SIZE, entry_jump
 from trampolines.errors import TrampolineError
 
-from ..process.modules import Module
+from ..process.modules import PF_X, Module
 from ..records.gates import Gates, jumps_to
 from ..records.record import Contents, JournalEntry, KeptCode, Record, RecordedFunction, State, state_word
 from ..stacks.forbidden import ForbiddenRange
-from .binding import PF_X, Binding, overlay
+from .binding import Binding, overlay
 from .lookups import WordWrite, hook_writes, unhook_writes
 
 ReadBytes = Callable[[Sequence[tuple[int, int]]], list[bytes]]

@@ -16,7 +16,7 @@ import numpy as np
 from elfdiff.errors import LivegraftError, Refused
 
 from ..process.memory import Memory
-from ..process.modules import PT_LOAD, Module, module_of
+from ..process.modules import PF_X, PT_LOAD, Module, module_of
 from ..process.scope import resolve, search_scope
 from ..process.symbols import DT_PLTGOT, DynamicSymbols
 from ..stacks.forbidden import ForbiddenRange
@@ -27,7 +27,6 @@ _VERSIONS = {FIND_OBJECT: ("GLIBC_2.35", ""), ITERATE: ("GLIBC_2.2.5", "")}
 _FILLED = (6, 7)  # R_X86_64_GLOB_DAT, R_X86_64_JUMP_SLOT (psABI, 4.4.1)
 _LOADS_UNWINDER = ("pthread_cancel", "pthread_exit")
 _MAX_LINK_MAP = 4096
-_PF_X = 1
 _STUB = 16
 
 
@@ -170,5 +169,5 @@ def _dynamic_linker(table: DynamicSymbols, loaded: Sequence[Module], memory: Mem
     return tuple(
         ForbiddenRange(f"{linker.name} (binding symbols)", linker.bias + h.vaddr, linker.bias + h.vaddr + h.memsz)
         for h in linker.headers
-        if h.type == PT_LOAD and h.flags & _PF_X
+        if h.type == PT_LOAD and h.flags & PF_X
     )

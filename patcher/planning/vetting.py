@@ -15,10 +15,9 @@ from contextlib import contextmanager
 from elfdiff.errors import LivegraftError, TargetDamaged
 from trampolines.entry_x86_64 import ENTRY_JUMP_SIZE, entry_jump_target
 
-from ..process.modules import Module
+from ..process.modules import PF_X, Module
 from ..process.proc import MEMFD_PATH, Mapping, by_living_thread, mapping_over
 from ..records.record import JournalEntry, KeptCode, Record, State
-from .binding import PF_X
 
 
 def require_believable(records: Iterable[Record], loaded: Sequence[Module], maps: Sequence[Mapping], pid: int) -> None:

@@ -18,12 +18,11 @@ import numpy as np
 from elfdiff.errors import Refused
 
 from .memory import Memory
-from .modules import PT_LOAD, Module
+from .modules import PF_X, PT_LOAD, Module
 from .proc import mappings
 from .symbols import Definition, DynamicSymbols
 
 _R_64, _R_GLOB_DAT, _R_JUMP_SLOT, _R_IRELATIVE = 1, 6, 7, 37
-_PF_X = 1
 
 
 def chosen_implementation(
@@ -72,6 +71,6 @@ def _slots(definition: Definition, table: DynamicSymbols) -> Iterator[int]:
 
 def _is_code_of(module: Module, address: int) -> bool:
     return any(
-        header.type == PT_LOAD and header.flags & _PF_X and 0 <= address - module.bias - header.vaddr < header.filesz
+        header.type == PT_LOAD and header.flags & PF_X and 0 <= address - module.bias - header.vaddr < header.filesz
         for header in module.headers
     )

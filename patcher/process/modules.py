@@ -16,10 +16,10 @@ from elfdiff.errors import LivegraftError, NotConcerned, Refused
 from .memory import Memory
 from .proc import Mapping
 
-PT_LOAD, PT_DYNAMIC, PT_NOTE, PT_GNU_EH_FRAME = 1, 2, 4, 0x6474E550
+PT_LOAD, PT_DYNAMIC, PT_NOTE, PT_GNU_EH_FRAME = 1, 2, 4, 0x6474E550  # gABI, program header
+PF_X, PF_W, PF_R = 1, 2, 4
 ET_EXEC, ET_DYN = 2, 3
 _EM_X86_64 = 62
-_PF_X = 1
 _NT_GNU_BUILD_ID = 3
 _PAGE = 4096
 _EHDR_SIZE = 64
@@ -154,10 +154,10 @@ def _module_at(start: Mapping, maps: Sequence[Mapping], memory: Memory) -> Modul
     if first is None:
         return None
     bias = start.start - (first.vaddr - first.offset)
-    if not any(header.flags & _PF_X for header in loads) or (kind == ET_EXEC and bias):
+    if not any(header.flags & PF_X for header in loads) or (kind == ET_EXEC and bias):
         return None
     own = tuple(item for item in maps if (item.device, item.inode) == (start.device, start.inode))
-    if not all(_is_mapped(header, bias, own) for header in loads if header.flags & _PF_X):
+    if not all(_is_mapped(header, bias, own) for header in loads if header.flags & PF_X):
         return None
     low = bias + min(header.vaddr for header in loads) // _PAGE * _PAGE
     high = bias + -(-max(header.vaddr + header.memsz for header in loads) // _PAGE) * _PAGE

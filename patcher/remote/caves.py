@@ -16,11 +16,10 @@ from elfdiff.errors import LivegraftError
 from trampolines.stub_x86_64 import STUB_ALIGNMENT, STUB_SIZE, owner_of
 
 from ..process.memory import Memory
-from ..process.modules import PT_LOAD, Module, ProgramHeader
+from ..process.modules import PF_X, PT_LOAD, Module, ProgramHeader
 from ..process.obstacles import no_padding
 
 _PAGE = 4096
-_PF_X = 1  # gABI, program header
 _STRIDE = -(-STUB_SIZE // STUB_ALIGNMENT) * STUB_ALIGNMENT
 
 
@@ -61,7 +60,7 @@ def _caves_of(module: Module) -> Iterator[Cave]:
 
 def _is_text(header: ProgramHeader) -> bool:
     # Where the segment is longer in memory than in the file, what follows the end belongs to it.
-    return bool(header.flags & _PF_X) and header.type == PT_LOAD and 0 < header.filesz == header.memsz
+    return bool(header.flags & PF_X) and header.type == PT_LOAD and 0 < header.filesz == header.memsz
 
 
 def _is_padding(module: Module, end: int, page_end: int) -> bool:

@@ -22,8 +22,9 @@ from pathlib import Path
 from elfdiff.errors import LivegraftError
 
 from .. import seam
-from ..planning.binding import PF_R, PF_W, PF_X, BoundSegment
+from ..planning.binding import BoundSegment
 from ..process.memory import Memory
+from ..process.modules import PF_R, PF_W, PF_X
 from ..process.proc import MEMFD_PATH
 from .calls import (
     MAP_ANONYMOUS,

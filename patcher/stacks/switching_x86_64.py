@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..process.memory import Memory
-from ..process.modules import PT_LOAD, Module
+from ..process.modules import PF_X, PT_LOAD, Module
 from ..process.symbols import DynamicSymbols
 
 _UCONTEXT = ("makecontext", "swapcontext", "setcontext")  # getcontext(3) alone is what backtraces are made of
@@ -27,7 +27,6 @@ _LIBRARIES = ("jump_fcontext", "ontop_fcontext", "make_fcontext", "co_switch")
 _LOADS_CONTEXT = re.compile(rb"\xd9[\x20-\x27]\x0f\xae[\x90-\x97]\xc0\x01\x00\x00")
 _OVERLAP = 16
 _CHUNK = 4 << 20
-_PF_X = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +76,7 @@ def _provides(module: Module, symbols: DynamicSymbols, name: str) -> bool:
 
 def _has_own(module: Module, memory: Memory) -> bool:
     for header in module.headers:
-        if header.type != PT_LOAD or not header.flags & _PF_X:
+        if header.type != PT_LOAD or not header.flags & PF_X:
             continue
         begin, end = module.bias + header.vaddr, module.bias + header.vaddr + header.filesz
         for start in range(begin, end, _CHUNK):

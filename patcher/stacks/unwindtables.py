@@ -11,10 +11,9 @@ from elfdiff.unwinding.cursor import ReadBytes
 from elfdiff.unwinding.ehframe import FdeTable, read_fde_table, scan_eh_frame
 
 from ..process.memory import Memory
-from ..process.modules import PT_GNU_EH_FRAME, PT_LOAD, Module, modules
+from ..process.modules import PF_X, PT_GNU_EH_FRAME, PT_LOAD, Module, modules
 from ..process.proc import Mapping, living_thread
 
-_PF_X = 1
 _PAGE = 4096
 _MAX_SECTIONS = 4096
 _SHDR = struct.Struct("<IIQQQQIIQQ")  # Elf64_Shdr (gABI, "Section Header")
@@ -64,7 +63,7 @@ def _tables_of(image: Module, memory: Memory) -> Iterator[UnwindTable]:
     eh_frame_hdr = None if header is None else image.bias + header.vaddr
     eh_frame = _eh_frame_of_executable(image, memory) if header is None else None
     for segment in image.headers:
-        if segment.type == PT_LOAD and segment.flags & _PF_X:
+        if segment.type == PT_LOAD and segment.flags & PF_X:
             low = image.bias + segment.vaddr
             yield UnwindTable(image.name, low, low + segment.memsz, eh_frame_hdr, eh_frame)
 

@@ -23,11 +23,11 @@ from trampolines.errors import TrampolineError
 from trampolines.gate_x86_64 import GATE_ALIGNMENT, LONGEST_WINDOW, gate
 
 from ..pausing.steps import no_step
-from ..planning.binding import PF_R, PF_X, BoundSegment, overlay
+from ..planning.binding import BoundSegment, overlay
 from ..planning.placement import Surroundings, candidates, stack_reserve
 from ..planning.plan import PageWrite, Plan, disjoint
 from ..process.memory import Memory
-from ..process.modules import Module
+from ..process.modules import PF_R, PF_X, Module
 from ..process.proc import mapping_over, mappings, mmap_min_addr, read_proc_file, stack_limit, start_brk
 from ..records.gates import (
     AFTER,

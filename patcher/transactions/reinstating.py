@@ -18,13 +18,13 @@ from elfdiff.errors import LivegraftError, Refused
 from ..pausing.conditions import Conditions
 from ..pausing.pause import carry_out
 from ..pausing.steps import no_step
-from ..planning.binding import PF_W
 from ..planning.idleness import waiting_again
 from ..planning.lookups import Chains
 from ..planning.plan import Part, ReadBytes, Situation, code_ranges, plan_apply, situation
 from ..planning.unwinders import LookupSlot, lookup_slots
 from ..planning.vetting import module_of_record
 from ..process.memory import Memory
+from ..process.modules import PF_W
 from ..process.proc import mapping_over, status
 from ..records.record import (
     Contents,

@@ -17,12 +17,13 @@ from elfdiff.errors import Refused
 
 from ..pausing.keeping import keepable
 from ..pausing.steps import OnStep
-from ..planning.binding import PF_W, Binding, BoundSegment, relocate
+from ..planning.binding import Binding, BoundSegment, relocate
 from ..planning.lookups import Chains, kept, lookup_segments, lookup_span, reusable
 from ..planning.placement import MARGIN, Surroundings, candidates, stack_reserve
 from ..planning.plan import Part, Situation, binding_ranges, idle_ranges, journal_for_apply, plan_apply, removed_code
 from ..process.fitness import no_memory
 from ..process.memory import Memory
+from ..process.modules import PF_W
 from ..process.proc import mapping_over, mappings, mmap_min_addr, stack_limit, start_brk, status
 from ..records.gates import is_idle
 from ..records.record import (

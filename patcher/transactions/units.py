@@ -17,12 +17,12 @@ from ..pausing.conditions import Conditions
 from ..pausing.keeping import kept_code, names_by_patch
 from ..pausing.pause import Pause, carry_out
 from ..pausing.steps import OnStep
-from ..planning.binding import PF_W, Binding, bind
+from ..planning.binding import Binding, bind
 from ..planning.idleness import named_code, waiting_for, widen
 from ..planning.plan import Ending, Situation, plan_revert, situation
 from ..planning.vetting import module_of_record
 from ..process.memory import Memory
-from ..process.modules import Module
+from ..process.modules import PF_W, Module
 from ..records.record import JournalEntry, Record, State
 from ..targets.target import Snapshot
 from .gating import with_gates
