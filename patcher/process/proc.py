@@ -291,6 +291,16 @@ def by_living_thread(pid: int, look: Callable[[int], _T]) -> _T:
                 raise
 
 
+def executable_of(pid: int) -> str:
+    """Return the path of the executable of a process, as its mappings have it; also where the file was deleted since.
+
+    Raises BadInput (no such process), NotPermitted; OSError where it may not be seen, or is none (a kernel thread).
+    """
+    return by_living_thread(
+        pid, lambda tid: os.readlink(f"/proc/{pid}/task/{tid}/exe").removesuffix(_DELETED)  # noqa: PTH115
+    )
+
+
 def _stat_field(text: str, number: int) -> int:
     # The name of the program stands in parentheses and may hold anything, parentheses and blanks included.
     return int(text.rpartition(")")[2].split()[number - 3])

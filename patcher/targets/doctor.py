@@ -23,6 +23,7 @@ from ..process.obstacles import Obstacle
 from ..process.proc import (
     Mapping,
     ProcessStatus,
+    executable_of,
     living_thread,
     mappings,
     mmap_min_addr,
@@ -167,7 +168,7 @@ def _places(pid: int, maps: tuple[Mapping, ...], memory: Memory) -> Iterator[Che
 
 def _main_image(pid: int, loaded: tuple[Module, ...]) -> Module | None:
     try:
-        path = os.readlink(f"/proc/{pid}/task/{living_thread(pid)}/exe").removesuffix(" (deleted)")  # noqa: PTH115
+        path = executable_of(pid)
     except OSError:
         return None
     return next((module for module in loaded if module.path == path), None)

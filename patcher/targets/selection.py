@@ -17,12 +17,11 @@ from pathlib import Path
 
 from elfdiff.errors import BadInput, LivegraftError, NotPermitted
 
-from ..process.proc import by_living_thread, has_exited, no_such_process, read_proc_file
+from ..process.proc import executable_of, has_exited, no_such_process, read_proc_file
 from .outdated import unit_of
 
 _PF_KTHREAD = 0x00200000  # include/linux/sched.h
 _COMM = 15  # TASK_COMM_LEN without its zero
-_DELETED = " (deleted)"
 _ENDED = "ZX"
 _MOST_SHOWN = 20
 
@@ -173,12 +172,11 @@ def _read_stat(pid: int) -> Listed | None:
 
 def _exe_of(pid: int) -> str | None:
     try:
-        path = by_living_thread(pid, lambda tid: os.readlink(f"/proc/{pid}/task/{tid}/exe"))  # noqa: PTH115
+        return executable_of(pid)
     except (BadInput, FileNotFoundError, ProcessLookupError):
         return ""
     except (NotPermitted, PermissionError):
         return None
-    return path.removesuffix(_DELETED)
 
 
 def choose(

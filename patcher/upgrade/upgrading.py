@@ -7,7 +7,6 @@ for that what can be patched is.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -30,7 +29,7 @@ from ..interruption import heed
 from ..pausing.conditions import Conditions
 from ..process.memory import Memory
 from ..process.modules import Module, modules
-from ..process.proc import by_living_thread, mappings, no_such_process
+from ..process.proc import executable_of, mappings, no_such_process
 from ..process.upgradefiles import FilePair, as_paths, held_files, require_unchanged
 from ..records.record import Record, State
 from ..records.search import find_records
@@ -39,8 +38,6 @@ from ..targets.selection import Key, Pin
 from ..transactions import transaction
 from ..transactions.transaction import Outcome
 from .cache import PatchCache, name_of
-
-_DELETED = " (deleted)"
 
 
 class Fate(Enum):
@@ -307,7 +304,7 @@ def _images(pin: Pin, process: OutdatedProcess) -> list[_Image]:
         maps = mappings(pin.pid)
         loaded = modules(maps, memory)
         records, _ = find_records(maps, memory)
-    program = executable_of(pin.pid)
+    program = _program_of(pin.pid)
     found = []
     for file in process.files:
         module = next((item for item in loaded if (item.path, item.build_id) == (file.path, file.running)), None)
@@ -319,6 +316,13 @@ def _images(pin: Pin, process: OutdatedProcess) -> list[_Image]:
     return sorted(found, key=lambda image: (image.file.path == program, image.module.low))
 
 
+def _program_of(pid: int) -> str:
+    try:
+        return executable_of(pid)
+    except OSError as error:
+        raise no_such_process(pid) from error
+
+
 def _sets(records: Sequence[Record], module: Module) -> frozenset[str]:
     return frozenset(
         item.contents.set_id
@@ -327,15 +331,6 @@ def _sets(records: Sequence[Record], module: Module) -> frozenset[str]:
         and item.contents.set_id
         and (item.contents.old.build_id, item.contents.old_bias) == (module.build_id, module.bias)
     )
-
-
-def executable_of(pid: int) -> str:
-    """Return the path of the executable of a process, as its mappings have it. Raises BadInput (it has ended)."""
-    try:
-        path = by_living_thread(pid, lambda tid: os.readlink(f"/proc/{pid}/task/{tid}/exe"))  # noqa: PTH115
-    except OSError as error:
-        raise no_such_process(pid) from error
-    return path.removesuffix(_DELETED)
 
 
 def _in_force(records: Sequence[Record], file: OutdatedFile, module: Module) -> Record | None:
