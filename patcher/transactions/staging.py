@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 
 from elfdiff.errors import Refused
 
@@ -71,7 +72,7 @@ class Staged:
 
 
 def stage(
-    members: Sequence[tuple[Binding, Situation]], seen: Snapshot, memory: Memory, tool_version: str, on_step: OnStep
+    members: Sequence[tuple[Binding, Situation]], seen: Snapshot, memory: Memory, on_step: OnStep
 ) -> tuple[Staged, ...]:
     """Bring patches into the process, each of another image; ``plan_apply`` of their parts puts them in force.
 
@@ -82,7 +83,7 @@ def stage(
     done: list[Staged] = []
     for binding, now in members:
         behind = in_front_of(binding, done, seen)
-        done.append(_stage_one(behind, now, seen, memory, tool_version, on_step, tuple(done)))
+        done.append(_stage_one(behind, now, seen, memory, on_step, tuple(done)))
         seen = replace(seen, maps=mappings(seen.pid))  # where the next one finds room
     return tuple(done)
 
@@ -111,7 +112,6 @@ def _stage_one(
     now: Situation,
     seen: Snapshot,
     memory: Memory,
-    tool_version: str,
     on_step: OnStep,
     earlier: tuple[Staged, ...],
 ) -> Staged:
@@ -119,10 +119,10 @@ def _stage_one(
     candidates = (*now.interrupted, *now.idle) if binding.set_id else (*now.active, *now.idle)
     for record in candidates:
         if record.contents.patch == binding.patch.id and _is_whole(record, binding, seen, memory):
-            staged = _stage_again(record, binding, now, memory, tool_version)
+            staged = _stage_again(record, binding, now, memory)
             if staged is not None:
                 return staged
-    return _stage_anew(binding, now, seen, memory, tool_version, on_step, earlier)
+    return _stage_anew(binding, now, seen, memory, on_step, earlier)
 
 
 def _is_whole(record: Record, binding: Binding, seen: Snapshot, memory: Memory) -> bool:
@@ -144,7 +144,7 @@ def _is_whole(record: Record, binding: Binding, seen: Snapshot, memory: Memory) 
     return all(item.data == data for item, data in zip(constant, held, strict=True))
 
 
-def _stage_again(record: Record, binding: Binding, now: Situation, memory: Memory, tool_version: str) -> Staged | None:
+def _stage_again(record: Record, binding: Binding, now: Situation, memory: Memory) -> Staged | None:
     """Use the mappings of an idle or interrupted record; None where its slot is too small for what it
     replaces.
 
@@ -156,7 +156,7 @@ def _stage_again(record: Record, binding: Binding, now: Situation, memory: Memor
     contents = replace(
         record.contents,
         instance=secrets.token_hex(8),
-        tool_version=tool_version,
+        tool_version=version("livegraft"),
         time=int(time.time()),
         journal=journal,
         replaces=replaces,
@@ -229,16 +229,15 @@ def _stage_anew(
     now: Situation,
     seen: Snapshot,
     memory: Memory,
-    tool_version: str,
     on_step: OnStep,
     earlier: tuple[Staged, ...],
 ) -> Staged:
     # The size of a record depends on where the patch is, by the digits of its addresses.
-    room = 2 * record_size(make_draft(binding, binding.module.low, now, memory, tool_version).contents)
+    room = 2 * record_size(make_draft(binding, binding.module.low, now, memory).contents)
     span = span_of(binding)
     taken: PlaceTaken | None = None
     for base in bases(binding, seen, span + MARGIN + room):
-        draft = make_draft(binding, base, now, memory, tool_version)
+        draft = make_draft(binding, base, now, memory)
         try:
             return _map_at(binding, draft, base + span + MARGIN, now, memory, on_step, earlier)
         except PlaceTaken as error:
@@ -330,7 +329,7 @@ class Draft:
     segments: tuple[BoundSegment, ...]
 
 
-def make_draft(binding: Binding, base: int, now: Situation, memory: Memory, tool_version: str) -> Draft:
+def make_draft(binding: Binding, base: int, now: Situation, memory: Memory) -> Draft:
     """Return the patch as it will be when its lowest byte is at ``base``. Writes nothing.
 
     Raises Refused where a reference does not reach, or an entry jump cannot be placed.
@@ -342,7 +341,7 @@ def make_draft(binding: Binding, base: int, now: Situation, memory: Memory, tool
     contents = Contents(
         patch=patch.id,
         instance=secrets.token_hex(8),
-        tool_version=tool_version,
+        tool_version=version("livegraft"),
         time=int(time.time()),
         sealed=True,
         old=patch.old,

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 
 from elfdiff.errors import BadInput, Changed, LivegraftError, NoSuchPatch
 from elfdiff.patchobject import PatchObject
@@ -253,7 +252,7 @@ def _stage_and_commit(
 ) -> tuple[tuple[Staged, ...], Pause]:
     heed()
     try:
-        staged = stage(_of_one_set(members), seen, memory, version("livegraft"), on_step)
+        staged = stage(_of_one_set(members), seen, memory, on_step)
         plan = plan_apply([item.part for item in staged], memory.read_many)
         known = [entry for item in staged for entry in (*item.contents.journal, *journals(item.part.now))]
         gated = with_gates(plan, known, [item.binding.module for item in members], seen, memory)
@@ -280,14 +279,13 @@ def _rehearse(
     members: Sequence[Member], seen: Snapshot, memory: Memory, conditions: Conditions
 ) -> tuple[tuple[Contents, ...], Plan]:
     """What ``stage`` would do at the first places that it would try; and that nobody may be in a set that is broken."""
-    tool = version("livegraft")
     staged: list[Staged] = []
     for item, now in _of_one_set(members):
         binding = in_front_of(item, staged, seen)
-        draft = make_draft(binding, binding.module.low, now, memory, tool)
+        draft = make_draft(binding, binding.module.low, now, memory)
         span = span_of(binding)
         base = bases(binding, seen, span + MARGIN + 2 * record_size(draft.contents))[0]
-        draft = make_draft(binding, base, now, memory, tool)
+        draft = make_draft(binding, base, now, memory)
         staged.append(Staged(part_of(binding, draft, base + span + MARGIN, now), 0))
     plan = plan_apply([item.part for item in staged], memory.read_many)
     broken = interrupted_sets(seen)
