@@ -111,6 +111,15 @@ def conditions_of(arguments: argparse.Namespace) -> Conditions:
     return Conditions(**asked)
 
 
+def add_conditions(parser: argparse.ArgumentParser, *, keep_live: bool = True) -> None:
+    """Add the options for all that can be asked of a transaction; without ``--keep-live`` where it means nothing."""
+    add_timeout(parser)
+    add_deep_check(parser)
+    if keep_live:
+        add_keep_live(parser)
+    add_when_idle(parser)
+
+
 def add_timeout(parser: argparse.ArgumentParser) -> None:
     """Add ``--timeout``, how long to wait for patched functions to become idle."""
     parser.add_argument(

@@ -19,17 +19,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import (
-    Report,
-    add_deep_check,
-    add_keep_live,
-    add_patches,
-    add_selection,
-    add_timeout,
-    add_when_idle,
-    conditions_of,
-    selection_of,
-)
+from . import Report, add_conditions, add_patches, add_selection, conditions_of, selection_of
 
 if TYPE_CHECKING:
     from elfdiff.patchobject import PatchObject
@@ -41,10 +31,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     add_patches(parser)
     add_selection(parser)
-    add_timeout(parser)
-    add_deep_check(parser)
-    add_keep_live(parser)
-    add_when_idle(parser)
+    add_conditions(parser)
 
 
 def run(arguments: argparse.Namespace) -> Report:
@@ -53,25 +40,22 @@ def run(arguments: argparse.Namespace) -> Report:
 
     from ..transactions import transaction
     from ..transactions.units import patches_of
+    from .several import one_or_each
 
     selection = selection_of(arguments)
     conditions = conditions_of(arguments)
     patches = patches_of([read_patch(path) for path in arguments.patches])
 
-    def act(pid: int, pin: Pin | None = None) -> Outcome:
+    def act(pid: int, pin: Pin | None) -> Outcome:
         return transaction.apply(pid, patches, conditions, pin=pin)
 
-    if selection is None:
-        outcome = act(arguments.pid)
-        return Report(_json(outcome, patches), _text(outcome, patches))
-
-    from ..transactions.group import carry_out_each
-    from .several import group_report
-
-    undo = conditions if arguments.atomic else None
-    group = carry_out_each(selection, lambda pin: act(pin.pid, pin), undo=undo)
-    return group_report(
-        group, selection, lambda item: _json(item, patches), lambda item: _text(item, patches), arguments.atomic
+    return one_or_each(
+        arguments.pid,
+        selection,
+        act,
+        lambda item: _json(item, patches),
+        lambda item: _text(item, patches),
+        undo=conditions if arguments.atomic else None,
     )
 
 

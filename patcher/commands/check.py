@@ -11,17 +11,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import (
-    Report,
-    add_deep_check,
-    add_keep_live,
-    add_patches,
-    add_selection,
-    add_timeout,
-    add_when_idle,
-    conditions_of,
-    selection_of,
-)
+from . import Report, add_conditions, add_patches, add_selection, conditions_of, selection_of
 
 if TYPE_CHECKING:
     from elfdiff.patchobject import PatchObject
@@ -33,10 +23,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     add_patches(parser)
     add_selection(parser, changes=False)
-    add_timeout(parser)
-    add_deep_check(parser)
-    add_keep_live(parser)
-    add_when_idle(parser)
+    add_conditions(parser)
 
 
 def run(arguments: argparse.Namespace) -> Report:
@@ -46,6 +33,7 @@ def run(arguments: argparse.Namespace) -> Report:
 
     from ..transactions import transaction
     from ..transactions.units import patches_of
+    from .several import one_or_each
 
     selection = selection_of(arguments)
     conditions = conditions_of(arguments)
@@ -53,18 +41,17 @@ def run(arguments: argparse.Namespace) -> Report:
     for patch, path in zip(patches, arguments.patches, strict=True):
         confirm_with_lief(patch, path)
 
-    def act(pid: int, pin: Pin | None = None) -> Outcome:
+    def act(pid: int, pin: Pin | None) -> Outcome:
         return transaction.check(pid, patches, conditions, pin=pin)
 
-    if selection is None:
-        outcome = act(arguments.pid)
-        return Report(_json(outcome, patches), _text(outcome, patches))
-
-    from ..transactions.group import carry_out_each
-    from .several import group_report
-
-    group = carry_out_each(selection, lambda pin: act(pin.pid, pin), again=False)
-    return group_report(group, selection, lambda item: _json(item, patches), lambda item: _text(item, patches))
+    return one_or_each(
+        arguments.pid,
+        selection,
+        act,
+        lambda item: _json(item, patches),
+        lambda item: _text(item, patches),
+        again=False,
+    )
 
 
 def _json(outcome: Outcome, patches: Sequence[PatchObject]) -> dict[str, Any]:

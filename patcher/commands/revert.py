@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from elfdiff.errors import BadInput
 
-from . import Report, add_deep_check, add_selection, add_timeout, add_when_idle, conditions_of, selection_of
+from . import Report, add_conditions, add_selection, conditions_of, selection_of
 
 if TYPE_CHECKING:
     from patcher.targets.selection import Pin
@@ -32,14 +32,13 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         "id", nargs="?", default="", metavar="ID", help="first digits of the patch's id; needed if there are several"
     )
     add_selection(parser)
-    add_timeout(parser)
-    add_deep_check(parser)
-    add_when_idle(parser)
+    add_conditions(parser, keep_live=False)
 
 
 def run(arguments: argparse.Namespace) -> Report:
     """Revert."""
     from ..transactions import transaction
+    from .several import one_or_each
     from .shared import set_json
 
     selection = selection_of(arguments)
@@ -47,19 +46,11 @@ def run(arguments: argparse.Namespace) -> Report:
     if arguments.id:
         _require_id(arguments.id)
 
-    def act(pid: int, pin: Pin | None = None) -> Outcome:
+    def act(pid: int, pin: Pin | None) -> Outcome:
         return transaction.revert(pid, arguments.id, conditions, pin=pin)
 
-    if selection is None:
-        outcome = act(arguments.pid)
-        return Report(set_json(outcome), _text(outcome))
-
-    from ..transactions.group import carry_out_each
-    from .several import group_report
-
     undo = conditions if arguments.atomic else None
-    group = carry_out_each(selection, lambda pin: act(pin.pid, pin), undo=undo)
-    return group_report(group, selection, set_json, _text, arguments.atomic)
+    return one_or_each(arguments.pid, selection, act, set_json, _text, undo=undo)
 
 
 def _text(outcome: Outcome) -> list[str]:

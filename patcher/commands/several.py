@@ -11,7 +11,8 @@ from . import Report, plural
 from .shared import error_json, error_lines, head_line, safe
 
 if TYPE_CHECKING:
-    from patcher.targets.selection import Listed, Selection
+    from patcher.pausing.conditions import Conditions
+    from patcher.targets.selection import Listed, Pin, Selection
     from patcher.transactions.group import Group, Result
     from patcher.transactions.transaction import Outcome
 
@@ -19,7 +20,30 @@ ToJson = Callable[["Outcome"], dict[str, Any]]
 ToText = Callable[["Outcome"], Sequence[str]]
 
 
-def group_report(group: Group, selection: Selection, to_json: ToJson, to_text: ToText, atomic: bool = False) -> Report:
+def one_or_each(
+    pid: int,
+    selection: Selection | None,
+    act: Callable[[int, Pin | None], Outcome],
+    to_json: ToJson,
+    to_text: ToText,
+    *,
+    again: bool = True,
+    undo: Conditions | None = None,
+) -> Report:
+    """Do ``act`` to process ``pid``, or to each of ``selection`` where it is given; return what is to be said of it.
+
+    ``again`` and ``undo`` are those of ``carry_out_each``, and raises as it does, or as ``act``.
+    """
+    from ..transactions.group import carry_out_each
+
+    if selection is None:
+        outcome = act(pid, None)
+        return Report(to_json(outcome), to_text(outcome))
+    group = carry_out_each(selection, lambda pin: act(pin.pid, pin), again=again, undo=undo)
+    return _group_report(group, selection, to_json, to_text, undo is not None)
+
+
+def _group_report(group: Group, selection: Selection, to_json: ToJson, to_text: ToText, atomic: bool) -> Report:
     """Return what is to be said of all processes; ``to_json`` and ``to_text`` say it of one that was done."""
     code = group.exit_code
     body = {
