@@ -166,9 +166,10 @@ def frozen_by(pid: int) -> Freezer | None:
         hierarchy, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if hierarchy == "0":
-            found = _frozen_v2(mounts.get("cgroup2"), path)
+            found = _frozen(mounts.get("cgroup2"), path, "cgroup.freeze", Freezer("cgroup.freeze", "0"))
         elif "freezer" in controllers.split(","):
-            found = _frozen_v1(mounts.get("freezer"), path)
+            # The group itself says FROZEN where one above it is; only the highest can be thawed.
+            found = _frozen(mounts.get("freezer"), path, "freezer.self_freezing", Freezer("freezer.state", "THAWED"))
         else:
             continue
         if found is not None:
@@ -207,21 +208,12 @@ def _cgroup_mounts() -> dict[str, _Mount]:
     return found
 
 
-def _frozen_v2(mount: _Mount | None, path: str) -> Freezer | None:
+def _frozen(mount: _Mount | None, path: str, said_by: str, thawed_by: Freezer) -> Freezer | None:
+    """The first group, from ``path`` up, of which the file ``said_by`` says 1; ``thawed_by`` names a file in it."""
     folder = None if mount is None else mount.folder(path)
     while mount is not None and folder is not None and folder != Path(mount.point):
-        if _word(folder / "cgroup.freeze") == "1":
-            return Freezer(str(folder / "cgroup.freeze"), "0")
-        folder = folder.parent
-    return None
-
-
-def _frozen_v1(mount: _Mount | None, path: str) -> Freezer | None:
-    folder = None if mount is None else mount.folder(path)
-    while mount is not None and folder is not None and folder != Path(mount.point):
-        # The group itself says FROZEN where one above it is; only the highest can be thawed.
-        if _word(folder / "freezer.self_freezing") == "1":
-            return Freezer(str(folder / "freezer.state"), "THAWED")
+        if _word(folder / said_by) == "1":
+            return Freezer(str(folder / thawed_by.file), thawed_by.thaw)
         folder = folder.parent
     return None
 
