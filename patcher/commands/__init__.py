@@ -179,11 +179,6 @@ def add_when_idle(parser: argparse.ArgumentParser) -> None:
         help="wait until no thread is in these functions either, although they do not change: the common caller of two "
         "between which a check moves (symbols, or addresses of the file)",
     )
-    add_no_when_idle(parser)
-
-
-def add_no_when_idle(parser: argparse.ArgumentParser) -> None:
-    """Add ``--no-when-idle`` alone, where a command names no functions."""
     parser.add_argument(
         "--no-when-idle",
         dest="own_idle",

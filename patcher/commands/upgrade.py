@@ -4,8 +4,9 @@ For each executable and library of a process whose file was replaced: the old fi
 mapped, is compared with the one that came in its place (at its path, or for a library by its SONAME in the same
 folder), and the patch is applied. All images of one process are patched in one stop, as a set, and taken back as one.
 Where one of them cannot be patched, the process is left as it is, since they may belong together; with --partial what
-can be patched is. A patch is made once for each pair of builds and kept (below XDG_CACHE_HOME, for root in
-/var/cache/livegraft). What cannot be patched is listed with the reason, and how to restart it.
+can be patched is. Functions that are named (--keep-live, --when-idle) may be of any of these images. A patch is made
+once for each pair of builds and kept (below XDG_CACHE_HOME, for root in /var/cache/livegraft). What cannot be patched
+is listed with the reason, and how to restart it.
 
 --dry-run compares, and does what check does: it says what would be done, and changes nothing in any process.
 
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from elfdiff.errors import BadInput, NothingToPatch, Refused
 
-from . import Report, add_deep_check, add_no_when_idle, add_selection, add_timeout, conditions_of, selection_of
+from . import Report, add_conditions, add_selection, conditions_of, selection_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,9 +49,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--partial", action="store_true", help="patch what can be patched of a process, also where not all of it can"
     )
-    add_timeout(parser)
-    add_deep_check(parser)
-    add_no_when_idle(parser)
+    add_conditions(parser)
 
 
 def run(arguments: argparse.Namespace) -> Report:

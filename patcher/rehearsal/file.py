@@ -18,6 +18,7 @@ from ..pausing.conditions import USUAL, Conditions
 from .keys import ABSENT, Keys, shown
 
 _DAY = 86400.0
+_MOST_MEBIBYTES = 1 << 20
 _MOST_CYCLES = 1_000_000
 _PLACES = ("old", "module", "port", "folder", "here")
 _PLACES_OF_CLIENTS = (*_PLACES, "pid")
@@ -245,8 +246,11 @@ def _conditions(keys: Keys) -> Conditions:
     """What is asked of every apply and every revert."""
     return Conditions(
         timeout=keys.number("timeout", USUAL.timeout, 0, _DAY, "seconds"),
+        deep_check=keys.flag("deep_check") if keys.has("deep_check") else USUAL.deep_check,
+        deep_limit=keys.count("deep_limit", USUAL.deep_limit >> 20, 0, _MOST_MEBIBYTES) << 20,
         keep_live=keys.texts("keep_live", "an array of names of functions"),
         when_idle=keys.texts("when_idle", "an array of names of functions"),
+        own_idle=not keys.flag("no_when_idle"),
     )
 
 

@@ -166,11 +166,13 @@ def require_fit(pid: int, patch: PatchObject, conditions: Conditions = USUAL, *,
     """Raise what ``apply`` would before it begins: the patch is for another build, an import is not there, or a filter
     may kill for it.
 
-    Changes nothing, and stops nobody but to read such a filter.
+    Changes nothing, and stops nobody but to read such a filter. Names in ``conditions`` are not looked for: where the
+    patch is to be one of a set, they may be of another.
     """
+    nameless = replace(conditions, keep_live=(), when_idle=())
     with open_target(pid, pin) as memory:
         seen = look(pid, memory)
-        _require_calls_pass(bind_all((patch,), seen, memory, conditions), seen, conditions)
+        _require_calls_pass(bind_all((patch,), seen, memory, nameless), seen, nameless)
 
 
 def _require_calls_pass(members: Sequence[Member], seen: Snapshot, conditions: Conditions) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from tests.live.grafting import MAIN, PRELUDE, SONAME, Running, library_pair
 from tests.live.replacing import TIMEOUT, one, put
 
 pytestmark = pytest.mark.root
+
+ADVICE = re.compile(r"--keep-live ([^\s;]+)")
 
 
 @pytest.fixture(autouse=True)
@@ -195,3 +198,21 @@ def test_a_function_that_stays_live_is_busy(installed: Installed, compiled_busy:
             value = livegraft("upgrade", "--pid", process.pid, "--timeout", 0, "--json", *words, status=5).json
             assert one(value)["result"] == "busy" and "restart" not in one(value)["error"]["next"]
         assert altered_code(process.pid) == []
+
+
+def test_a_function_that_never_returns_may_finish_its_old_code(
+    installed: Installed, compiled_busy: Path, livegraft: Livegraft
+) -> None:
+    """As the advice says, and looked for in all images of the process."""
+    with installed.running() as process:
+        put(installed.new_library, installed.library)
+        put(compiled_busy, installed.program)
+        words = ("upgrade", "--json", "--pid", process.pid)
+        busy = livegraft(*words, "--timeout", 0, status=5).json
+        (name,) = {word for file in busy["processes"][0]["files"] for word in ADVICE.findall(file["error"]["next"])}
+        assert fates(livegraft(*words, *TIMEOUT, "--keep-live", "nobody", status=2).json) == ["failed", "failed"]
+        assert altered_code(process.pid) == []
+        assert fates(livegraft(*words, *TIMEOUT, "--keep-live", name).json) == ["patched", "patched"]
+        assert process.ask(1) == [1017]
+        livegraft("revert", "--pid", process.pid)
+        assert process.ask(1) == [1013] and altered_code(process.pid) == []

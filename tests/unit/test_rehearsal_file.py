@@ -114,10 +114,14 @@ TOPS = {
     'patch.lines = "yes"': "patch.lines: 'yes'; expected true or false",
     'patch.keep_live = [""]': "patch.keep_live: ['']; expected an array of names of functions",
     'patch.when_idle = "one"': "patch.when_idle: 'one'; expected an array of names of functions",
+    'patch.deep_check = "yes"': "patch.deep_check: 'yes'; expected true or false",
+    "patch.deep_limit = 1.5": "patch.deep_limit: 1.5; expected a whole number from 0 to 1048576",
+    "patch.no_when_idle = 0": "patch.no_when_idle: 0; expected true or false",
     "patch.timeout = []": "patch.timeout: []; expected a number of seconds from 0 to 86400",
     "patch.processes = 2": "patch.processes: 2; expected \"one\" or \"tree\"",
     'patch.processes = "all"': "patch.processes: 'all'; expected \"one\" or \"tree\"",
-    "patch.x = 1": "patch.x: unknown key; expected one of allow, keep_live, lines, processes, timeout, when_idle",
+    "patch.x = 1": "patch.x: unknown key; expected one of allow, deep_check, deep_limit, keep_live, lines, "
+    "no_when_idle, processes, timeout, when_idle",
 }
 
 
