@@ -86,15 +86,16 @@ class ProcessStatus:
     """The part of ``/proc/PID/status`` and ``/proc/PID/stat`` that decides whether a process can be patched.
 
     ``state`` is the letter (R, S, D, T, t, Z, X, I); ``uid`` is the effective one; ``seccomp`` is the mode of
-    seccomp(2) of this one thread, 0 for none; ``tracer_pid`` is 0 where nobody traces; ``ns_pid`` is the
-    pid in every nested pid namespace, outermost first; ``start_time`` is in clock ticks since boot and, with ``pid``,
-    names the process for ever.
+    seccomp(2) of this one thread, 0 for none; ``parent`` is the pid of the parent, whoever traces; ``tracer_pid`` is 0
+    where nobody does; ``ns_pid`` is the pid in every nested pid namespace, outermost first; ``start_time`` is in clock
+    ticks since boot and, with ``pid``, names the process for ever.
     """
 
     pid: int
     name: str
     state: str
     tgid: int
+    parent: int
     tracer_pid: int
     uid: int
     kernel_thread: bool
@@ -319,6 +320,7 @@ def status(pid: int) -> ProcessStatus:
         name=fields["Name"],
         state=fields["State"][0],
         tgid=int(fields["Tgid"]),
+        parent=int(fields["PPid"]),
         tracer_pid=int(fields["TracerPid"]),
         uid=int(fields["Uid"].split()[1]),
         kernel_thread=bool(_stat_field(stat, _STAT_FLAGS) & _PF_KTHREAD),

@@ -88,8 +88,9 @@ EXPORT int livegraft_detach(const int *tids, const int *signals, int count, int 
 }
 
 /* Wait for the threads one after the other until a signal comes. Returns how many have been waited for; statuses[i] is
-   what waitpid(2) would report, or -1 where it knows no such child any more. A stop is only looked at, and not taken:
-   a signal that has been taken is lost if this process dies before it detaches (tracees.py). */
+   what waitpid(2) would report of a stop, 0 of a thread that has exited, or -1 where it knows no such child any more.
+   All is only looked at: a signal that has been taken is lost if this process dies before it detaches, and which exits
+   are to be taken is not decided here (tracees.py). */
 EXPORT int livegraft_wait(const int *tids, int count, int *statuses) {
     for (int i = 0; i < count; i++) {
         siginfo_t info;
@@ -99,8 +100,8 @@ EXPORT int livegraft_wait(const int *tids, int count, int *statuses) {
             statuses[i] = -1;
         } else if (info.si_code == CLD_TRAPPED || info.si_code == CLD_STOPPED) {
             statuses[i] = info.si_status << 8 | 0x7f;
-        } else if (waitpid(tids[i], &statuses[i], __WALL) != tids[i]) {
-            statuses[i] = -1;
+        } else {
+            statuses[i] = 0;
         }
     }
     return count;

@@ -182,7 +182,8 @@ class Batch:
     def wait(self, tids: Sequence[int]) -> list[int]:
         """Wait for threads in this order until a signal comes; return the statuses of those waited for.
 
-        A status is what waitpid(2) gives, or -1 for a thread that is no tracee any more.
+        A status is what waitpid(2) gives of a stop, 0 for a thread that has exited, -1 for one that is no tracee any
+        more.
         """
         numbers, statuses = array("i", tids), array("i", bytes(4 * len(tids)))
         done = self._wait(_address(numbers), len(numbers), _address(statuses))

@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -129,8 +129,23 @@ def _look(tid: int, options: int) -> Stop | None:
         return None
     if info.code in (os.CLD_TRAPPED, os.CLD_STOPPED):
         return decode(info.status << 8 | _STOPPED)
-    os.waitpid(tid, _WALL)
+    _take_exit(tid)
     return GONE
+
+
+def _take_exit(tid: int) -> None:
+    """Reap a thread that has exited, so that whoever waits for its end hears of it: an execve, or its parent.
+
+    But for a process that is our own child: taken by its tracer, its status is gone for the parent, which is the same
+    process (wait_task_zombie, kernel/exit.c), and whoever started it here would never know how it ended.
+    """
+    try:
+        found = status(tid)
+    except BadInput:
+        return  # another thread of ours was first (``reaping``)
+    if found.parent != os.getpid() or found.tgid != tid:
+        with suppress(ChildProcessError):  # the same
+            os.waitpid(tid, _WALL)
 
 
 def waits_end() -> AbstractContextManager[bool]:
@@ -168,7 +183,10 @@ def _wait_in_order(pending: list[int], stops: dict[int, Stop]) -> list[int]:
     if library is None:
         return pending
     statuses = library.wait(pending)
-    stops.update(zip(pending, map(decode, statuses), strict=False))
+    for tid, number in zip(pending, statuses, strict=False):
+        stops[tid] = decode(number)
+        if stops[tid] is GONE and number != _NO_TRACEE:
+            _take_exit(tid)
     return pending[len(statuses) :]
 
 

@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 import pytest
 
 from fixtures.tracees import wait_until
+from patcher import seam
 from patcher.commands.rehearsalreport import junit, text
 from patcher.rehearsal.file import read_rehearsal
 from patcher.rehearsal.rehearsing import Outcome, rehearse
@@ -142,9 +143,25 @@ def test_a_wrong_answer_is_shown_with_the_right_one(write: Write, livegraft: Liv
 
 
 def test_a_daemon_that_dies(write: Write) -> None:
-    kills = VERSION.replace('send = "VERSION\\n"', 'command = ["sh", "-c", "echo +kv 1.0; kill -SEGV {pid}"]')
-    said = fails(write(START, LOAD, kills), "probe version (before)")
+    until_dead = "until grep -q Z /proc/{pid}/status && [ $(ls /proc/{pid}/task | wc -l) = 1 ]; do :; done"
+    command = f'command = ["sh", "-c", "echo +kv 1.0; kill -SEGV {{pid}}; {until_dead}"]'
+    said = fails(write(START, LOAD, VERSION.replace('send = "VERSION\\n"', command)), "probe version (before)")
     assert "the daemon ended early" in said and "why: it was ended by SIGSEGV" in said
+
+
+def test_a_daemon_that_dies_while_it_is_patched(write: Write) -> None:
+    """We are its parent and its tracer, and it dies once."""
+    killed: list[int] = []
+
+    def observer(name: str, subject: int) -> int:
+        if name == "INTERRUPT" and not killed:
+            killed.append(subject)
+            os.kill(subject, signal.SIGSEGV)
+        return 0
+
+    with seam.observe(observer):
+        said = fails(write(START, LOAD, VERSION), "apply")
+    assert killed and "the daemon ended early" in said and "why: it was ended by SIGSEGV" in said
 
 
 LOADS = {

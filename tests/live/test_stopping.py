@@ -10,7 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -335,6 +336,50 @@ def test_a_process_killed_in_the_pause_is_no_error(build: Build) -> None:
             os.kill(target.pid, signal.SIGKILL)  # Popen would ask waitpid first, and take the stop for an exit
             wait_until(lambda: state_of(target.pid) in {"Z", ""}, "its death")
         wait_until(lambda: tracees.release_abandoned() == 0, "its exit status")
+
+
+@pytest.mark.usefixtures("either")
+@pytest.mark.parametrize("moment", ["before", "within"])
+def test_how_a_child_of_ours_ended_is_left_to_whoever_started_it(build: Build, moment: str) -> None:
+    """Its tracer and its parent are one process, which can take the status once."""
+    with running([build("states"), "plain"]) as target:
+        with seize(target.pid) as process, suppress(BadInput):  # it exited while it was being stopped
+            if moment == "within":
+                process.stop()
+            os.kill(target.pid, signal.SIGKILL)
+            wait_until(lambda: state_of(target.pid) in {"Z", ""}, "its death")
+            if moment == "before":
+                process.stop()
+        wait_until(lambda: tracees.release_abandoned() == 0, "all threads to be let go")
+        assert target.wait(30) == -signal.SIGKILL
+
+
+def test_two_that_take_notice_of_the_same_deaths_are_no_error() -> None:
+    """Only one of them can reap each (``reaping``)."""
+    wrong: list[BaseException] = []
+
+    def take_notice(tids: Sequence[int], begin: threading.Barrier) -> None:
+        try:
+            begin.wait(30)
+            for tid in tids:
+                assert tracees.poll(tid) is tracees.GONE
+        except BaseException as error:  # noqa: BLE001  # what a thread raises is seen by nobody
+            wrong.append(error)
+
+    for _ in range(10):
+        with running(["sh", "-c", "for n in 1 2 3 4 5 6 7 8; do sleep 100 & done; echo ready; wait"]) as target:
+            tids = children_of(target.pid, target.pid)
+            for tid in tids:
+                assert tracees.try_seize(tid, tid, ptrace.Option(0))
+                os.kill(tid, signal.SIGKILL)
+            wait_until(lambda tids=tids: all(state_of(tid) == "Z" for tid in tids), "their deaths")
+            begin = threading.Barrier(2)
+            both = [threading.Thread(target=take_notice, args=(tids, begin)) for _ in range(2)]
+            for thread in both:
+                thread.start()
+            for thread in both:
+                thread.join()
+            assert len(tids) == 8 and wrong == []
 
 
 def test_a_process_that_is_traced_already_names_its_tracer(build: Build) -> None:
