@@ -33,7 +33,11 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips what needs root where we are not root, and says so; leaves out the long tests unless they are wanted."""
+    """Skips what needs root where we are not root, and says so; leaves out the long tests unless they are wanted.
+
+    Those with daemons of the distribution come first: at the end a worker would be left alone with one of them.
+    """
+    items.sort(key=lambda item: not item.path.is_relative_to(ROOT / "tests" / "real"))
     for marker, wanted in (("long", "LIVEGRAFT_REAL"), ("matrix", "LIVEGRAFT_MATRIX"), ("soak", "LIVEGRAFT_SOAK")):
         if not os.environ.get(wanted):
             left_out = [item for item in items if item.get_closest_marker(marker)]

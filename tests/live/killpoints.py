@@ -26,7 +26,7 @@ PATIENCE = 120.0
 """Seconds for the functions to be idle: on a busy machine a thread may be put aside inside one of them."""
 PATIENT = Conditions(timeout=PATIENCE)
 SEED = int(os.environ.get("LIVEGRAFT_SEED", time.time_ns() % 1_000_000))
-SAMPLE = int(os.environ.get("LIVEGRAFT_SAMPLE", "2"))
+SAMPLE = int(os.environ.get("LIVEGRAFT_SAMPLE", "1"))
 """Writes of each kind of work in an ordinary run, and one operation more."""
 MOST_IN_C = 600
 """Operations of the library in one kind of work, about: each of a hundred threads has five in a pause."""

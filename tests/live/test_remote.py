@@ -171,14 +171,14 @@ def test_nobody_notices_whichever_thread_makes_the_calls(torture: Torture) -> No
 
 
 def test_killed_at_any_moment_nobody_notices(torture: Torture) -> None:
-    outcome = kill_patchers(torture, kills=60, seed=random.randrange(1 << 30), preferred=True)
+    outcome = kill_patchers(torture, kills=40, seed=random.randrange(1 << 30), preferred=True)
     assert outcome.wrong == []
     assert outcome.calls > 0  # else all were killed before they did anything
 
 
 def test_killed_at_any_moment_any_thread_goes_on(torture: Torture) -> None:
     """Threads that no patcher would choose: the few instructions before the repair may show EINTR, no more."""
-    kill_patchers(torture, kills=60, seed=random.randrange(1 << 30), preferred=False)
+    kill_patchers(torture, kills=40, seed=random.randrange(1 << 30), preferred=False)
     assert [tally for tally in torture.complaints if tally.wrong or tally.early] == []
 
 
