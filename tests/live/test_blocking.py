@@ -71,7 +71,7 @@ def test_one_that_came_later_is_told_from_one_that_was_there(
             monkeypatch.setattr(liveness.random, "uniform", lambda *_: 1e9)  # there is no time for another one
 
     monkeypatch.setattr(liveness, "heed", before_a_look)
-    watched = watch_apply(running.pid, built.to[2], 1e3)
+    watched = watch_apply(running.pid, built.to[2], 100.0)
     assert watched is not None and watched.looks == looks == LOOKS
     (found,) = [item for item in watched.now if item.function == "held"]
     assert (found.first, found.last, found.looks) == (2, looks, looks - 1)
@@ -93,7 +93,7 @@ def test_what_has_gone_is_not_in_the_way_now(
             monkeypatch.setattr(liveness.random, "uniform", lambda *_: 1e9)
 
     monkeypatch.setattr(liveness, "heed", before_a_look)
-    watched = watch_apply(running.pid, built.to[2], 1e3)
+    watched = watch_apply(running.pid, built.to[2], 100.0)
     assert watched is not None
     (found,) = [item for item in watched.activations if item.function == "held"]
     assert (found.first, found.last, found.looks) == (1, 1, 1)

@@ -159,7 +159,7 @@ def _registers(pid: int) -> bytes:
 def test_nobody_notices_whichever_thread_makes_the_calls(torture: Torture) -> None:
     random.seed(3)
     with Memory(torture.pid) as memory:
-        for _ in range(8):
+        for _ in range(5):
             for tally in torture.tallies:
                 with RemoteCaller(torture.pid, memory, candidates=lambda _, tid=tally.tid: [tid]) as caller:
                     for _ in range(3):

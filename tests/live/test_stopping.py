@@ -66,7 +66,7 @@ def pause(pid: int) -> None:
 @pytest.mark.usefixtures("either")
 def test_nobody_notices_being_stopped(torture: Torture) -> None:
     random.seed(1)
-    for _ in range(200):
+    for _ in range(120):
         pause(torture.pid)
         time.sleep(random.uniform(0, 0.01))
     torture.wait_for_progress()
