@@ -6,6 +6,8 @@ import subprocess
 from pathlib import Path
 from types import TracebackType
 
+from fixtures.hearing import PATIENCE
+
 SOURCE = Path(__file__).parents[2] / "fixtures" / "forking.c"
 ANSWERS = {version: str(version * 1001) for version in (1, 2, 3)}
 
@@ -30,7 +32,7 @@ class Forking:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._process.kill()  # the kernel kills its children with it (PR_SET_PDEATHSIG)
-        self._process.communicate()
+        self._process.communicate(timeout=PATIENCE)
 
     def _line(self) -> str:
         assert self._process.stdout is not None
