@@ -155,10 +155,13 @@ class Child:
             )
 
     def _end_all(self, number: signal.Signals, patience: float) -> list[_Entry]:
-        """Send a signal to every process of it, until none is left; who is left after ``patience`` seconds."""
+        """Send a signal to every process of it, until none is left; who is left after ``patience`` seconds.
+
+        None is left where two looks found none: the environment of a process is empty while it executes a program.
+        """
         until = time.monotonic() + patience
         sent: set[tuple[int, int]] = set()
-        while family := self._family():
+        while (family := self._family()) or not self._found_none_again():
             for entry in family:
                 if entry.identity not in sent:
                     sent.add(entry.identity)
@@ -167,6 +170,10 @@ class Child:
                 return family
             time.sleep(_SLICE)  # processes that are no children of ours: nothing tells when all of them have ended
         return []
+
+    def _found_none_again(self) -> bool:
+        time.sleep(_SLICE)
+        return not self._family()
 
     def _family(self) -> list[_Entry]:
         """Every process of it: of its session, below it, with its mark, or below one that was seen to be one of it."""
