@@ -161,7 +161,7 @@ class Child:
         """
         until = time.monotonic() + patience
         sent: set[tuple[int, int]] = set()
-        while (family := self._family()) or not self._found_none_again():
+        while family := self._family() or self._family_later():
             for entry in family:
                 if entry.identity not in sent:
                     sent.add(entry.identity)
@@ -171,9 +171,9 @@ class Child:
             time.sleep(_SLICE)  # processes that are no children of ours: nothing tells when all of them have ended
         return []
 
-    def _found_none_again(self) -> bool:
+    def _family_later(self) -> list[_Entry]:
         time.sleep(_SLICE)
-        return not self._family()
+        return self._family()
 
     def _family(self) -> list[_Entry]:
         """Every process of it: of its session, below it, with its mark, or below one that was seen to be one of it."""
