@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 
 from elfdiff.diff import Options, diff
-from elfdiff.errors import LivegraftError
 from elfdiff.patches.patchfile import write_patch
 from elfdiff.patchobject import PatchObject
 from fixtures.daemon import PROBES, Daemon, probe, run_kv
 from fixtures.intact import altered_code, writable_and_executable
+from fixtures.killing import forked, was_killed
 from fixtures.load import Load
 from patcher.pausing.conditions import Conditions
 from patcher.process import proc
@@ -47,34 +47,19 @@ def do_revert(pid: int, patch: PatchObject) -> None:
     transaction.revert(pid, conditions=PATIENT)
 
 
-def in_child(work: Callable[[], None]) -> int:
-    """Fork a patcher; its exit status is 0 when the work was done and 1 when it was refused."""
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        work()
-        status = 0
-    except LivegraftError as error:
-        os.write(2, f"patcher: {error.what}: {error.why}\n".encode())
-    finally:
-        os._exit(status)
-
-
 def seconds_of(work: Callable[[], None]) -> float:
     begin = time.monotonic()
-    assert os.waitpid(in_child(work), 0)[1] == 0
+    assert not was_killed(forked(work))
     return time.monotonic() - begin
 
 
 def kill_within(work: Callable[[], None], seconds: float) -> float | None:
     """Run the work in a child and kill it after a random part of ``seconds``; if it was done before, that part."""
-    child = in_child(work)
+    child = forked(work)
     part = random.uniform(0, seconds)
     time.sleep(part)
     os.kill(child, signal.SIGKILL)
-    return None if os.WIFSIGNALED(os.waitpid(child, 0)[1]) else part
+    return None if was_killed(child) else part
 
 
 def state_of(pid: int) -> State | None:
